@@ -1,0 +1,177 @@
+"""Latent attention (MLA). Keys and values are rebuilt from one narrow latent per token, so that is all the cache keeps.
+
+Moonlight report (arXiv 2502.16982) and DeepSeek-V2 (arXiv 2405.04434) section 2.1. Three interchangeable cores compute the
+same thing: `ExpandedCore` rebuilds every key and value, `AbsorbedCore` stays in the latent space, `ExplicitCore` shows its
+probabilities. Letters: B rows, T queries, S keys, H heads, R latent, n/r/v channels (content, rotary, value), D stream.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import LatentCache
+from .config import TextConfig
+from .rope import Rotation, rotate
+
+
+class RMSNorm(nn.Module):
+    """Scales x to unit root mean square, in at least float32; the weight multiplies after the cast back, as released."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class LatentAttention(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
+        self.q_split = (config.qk_nope_head_dim, config.qk_rope_head_dim)
+        self.down_split = (config.kv_lora_rank, config.qk_rope_head_dim)
+        up_width = self.heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.q = nn.Linear(config.hidden_size, self.heads * config.qk_head_dim, bias=False)
+        self.down = nn.Linear(config.hidden_size, sum(self.down_split), bias=False)
+        self.latent = RMSNorm(config.kv_lora_rank, eps=1e-6)  # not rms_norm_eps: the released code leaves its default here
+        self.q_rope, self.k_rope = Rotate(), Rotate()
+        self.up = nn.Linear(config.kv_lora_rank, up_width, bias=False)  # its weight only: the cores apply it where it pays
+        self.core: nn.Module = LatentCore(config)
+        self.out = nn.Linear(self.heads * config.v_head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, where: Where, cache: LatentCache | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+        q_nope, q_rope = self.q(x).unflatten(-1, (self.heads, -1)).split(self.q_split, dim=-1)  # (B, T, H, n), (B, T, H, r)
+        latent, k_rope = self.down(x).split(self.down_split, dim=-1)  # (B, T, R), (B, T, r)
+        latent = self.latent(latent)
+        q_rope = self.q_rope(q_rope, where.rotation)
+        k_rope = self.k_rope(k_rope[:, :, None], where.rotation).squeeze(2)  # one rotary key, shared by all heads
+        if cache is not None:
+            latent, k_rope = cache.write(self.layer, latent, k_rope, where.positions)  # (B, S, R), (B, S, r)
+        up = self.up.weight.view(self.heads, -1, self.rank)  # (H, n+v, R)
+        heads = self.core(q_nope, q_rope, latent, k_rope, up, where.visible)  # (B, T, H, v)
+        return self.out(heads.flatten(2))
+
+
+class Rotate(nn.Module):
+    """Rotary turn of (B, T, H, r), a module so that the rotated part has a name."""
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        return rotate(x, rotation)
+
+
+class Where:
+    """Where the tokens of this call stand: computed once, used by every layer."""
+
+    def __init__(self, positions: Tensor, rotation: Rotation, visible: Tensor | None):
+        self.positions = positions  # (B, T), counted from the start of the row
+        self.rotation = rotation  # two of (B, T, r/2)
+        self.visible = visible  # (B, T, S) keys a query may see; None: the keys are the queries, causally
+
+
+# The signature of a core:
+#   q_nope (B, T, H, n), q_rope (B, T, H, r), latent (B, S, R), k_rope (B, S, r), up (H, n+v, R), visible (B, T, S) or None
+#   -> what each head read, (B, T, H, v)
+
+
+class LatentCore(nn.Module):
+    """The cheaper of two equal forms: rebuilding all keys pays only when many queries share them."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.expanded, self.absorbed = ExpandedCore(), AbsorbedCore()
+        # S keys cost R(n+v) to rebuild each; a query costs 2R+r a key in latent space, n+r+v against rebuilt keys
+        n_plus_v = config.qk_nope_head_dim + config.v_head_dim
+        saved = 2 * config.kv_lora_rank - n_plus_v
+        self.queries_worth_expanding = config.kv_lora_rank * n_plus_v / saved if saved > 0 else float("inf")
+
+    def forward(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        # a prefill (visible is None) always expands: it never needs a T x T mask
+        many = visible is None or q_nope.shape[1] > self.queries_worth_expanding
+        core = self.expanded if many else self.absorbed
+        return core(q_nope, q_rope, latent, k_rope, up, visible)
+
+
+class ExpandedCore(nn.Module):
+    """Rebuilds each head's keys and values from the latents, then attends as usual. For prefill."""
+
+    def forward(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        q, k, v = expand(q_nope, q_rope, latent, k_rope, up)
+        d, v_dim = q.shape[-1], v.shape[-1]
+        if v_dim < d:  # the fused kernels want keys and values equally wide
+            v = F.pad(v, (0, d - v_dim))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T or S, d)
+        mask = None if visible is None else visible[:, None]
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, scale=d**-0.5)
+        return heads.transpose(1, 2)[..., :v_dim]
+
+
+class AbsorbedCore(nn.Module):
+    """Moves the up-projection to the query's side: scores and sums stay in the latent space, shared by all heads.
+
+    (U c_s).q = c_s.(U^T q): the cache is read as it lies, as one key of R + r channels for every head. For decoding.
+    """
+
+    def forward(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        n = q_nope.shape[-1]
+        scale = (n + q_rope.shape[-1]) ** -0.5
+        q_latent = torch.einsum("bthn,hnr->bhtr", q_nope, up[:, :n])  # (B, H, T, R)
+        content = q_latent @ latent[:, None].transpose(-1, -2)  # (B, H, T, S)
+        position = q_rope.transpose(1, 2) @ k_rope[:, None].transpose(-1, -2)
+        probs = masked_softmax((content + position) * scale, visible)
+        read = probs.to(latent.dtype) @ latent[:, None]  # (B, H, T, R)
+        return torch.einsum("bhtr,hvr->bthv", read, up[:, n:])
+
+
+class ExplicitCore(nn.Module):
+    """The formula as written, with the probabilities (B, H, T, S) in the open as submodule `probs`. For reading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probs = nn.Softmax(dim=-1)
+
+    def forward(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        q, k, v = expand(q_nope, q_rope, latent, k_rope, up)
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+        probs = self.probs(hide(scores.to(torch.promote_types(q.dtype, torch.float32)), visible))
+        return torch.einsum("bhts,bshv->bthv", probs.to(v.dtype), v)
+
+
+def expand(
+    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole queries (B, T, H, n+r), rebuilt keys (B, S, H, n+r) and values (B, S, H, v)."""
+    n, heads = q_nope.shape[-1], q_nope.shape[2]
+    rebuilt = F.linear(latent, up.flatten(0, 1)).unflatten(-1, (heads, -1))  # (B, S, H, n+v)
+    k_nope, v = rebuilt.split([n, up.shape[1] - n], dim=-1)
+    q = torch.cat([q_nope, q_rope], dim=-1)
+    k = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)], dim=-1)
+    return q, k, v
+
+
+def hide(scores: Tensor, visible: Tensor | None) -> Tensor:
+    """Scores (B, H, T, S) with -inf where a query may not look; `visible` as in `Where`."""
+    if visible is None:
+        t = scores.shape[-1]
+        visible = torch.ones(t, t, dtype=torch.bool, device=scores.device).tril()[None]
+    return scores.masked_fill(~visible[:, None], float("-inf"))
+
+
+def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
+    """Probabilities in at least float32, (B, H, T, S)."""
+    return hide(scores.to(torch.promote_types(scores.dtype, torch.float32)), visible).softmax(-1)
