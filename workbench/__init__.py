@@ -1,0 +1,1 @@
+"""Tools that look inside Kimi-VL and change things; the model never imports them."""

@@ -1,0 +1,1 @@
+"""The study model: synthetic scenes, questions about them, training and evaluation."""

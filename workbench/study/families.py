@@ -1,0 +1,342 @@
+"""Questions about scenes, one family for each ability: wording, thought, exact answer and a strict check.
+
+Every family is a function (scene, rng) -> Question or None (None: this scene offers no clear question). All
+words are lower case and from a small closed vocabulary.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from workbench.study.scenes import COLOURS, SHAPES, Level, Obj, Scene, has_distractors, is_unique, scene
+
+Box = tuple[float, float, float, float]
+
+PLURALS = {s: "crosses" if s == "cross" else s + "s" for s in SHAPES}
+DIRECTIONS = ("left of", "right of", "above", "below")
+MOST_COUNTED = 5
+
+_POINT = re.compile(r"click\(x=([01]?\.\d+|[01]),y=([01]?\.\d+|[01])\)")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question on one scene. `thought` is "" where the answer needs none.
+
+    `targets` are the boxes (picture pixels) the answer is about, `size` is the picture's (width, height), and
+    questions with one `chance_key` compete for one constant answer in `majority_baseline`.
+    """
+
+    family: str
+    text: str
+    thought: str
+    answer: str
+    targets: tuple[Box, ...]
+    chance_key: str
+    size: tuple[int, int]
+
+    def check(self, reply_answer: str) -> bool:
+        """True for a right answer: the same words up to case and spaces, or a click inside the target."""
+        if self.family == "point":
+            point = parse_point(reply_answer)
+            return point is not None and self._hit(*point)
+        return _normal(reply_answer) == _normal(self.answer)
+
+    def _hit(self, x: float, y: float) -> bool:
+        (x0, y0, x1, y1), (width, height) = self.targets[0], self.size
+        return x0 <= x * width <= x1 and y0 <= y * height <= y1
+
+
+def parse_point(text: str) -> tuple[float, float] | None:
+    """The (x, y) of "click(x=0.365, y=0.317)", as shares of width and height; None for anything else."""
+    found = _POINT.fullmatch("".join(text.lower().split()))
+    if found is None:
+        return None
+    x, y = float(found[1]), float(found[2])
+    return (x, y) if x <= 1 and y <= 1 else None
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _placed(objects: Iterable[Obj]) -> str:
+    return ", ".join(f"{o.name} {o.zone}" for o in objects)
+
+
+# ---- the families. Each takes (scene, rng) and gives one Question or None.
+
+
+def describe(scene: Scene, rng: random.Random) -> Question | None:
+    text = rng.choice(("list everything.", "what is in the picture?", "describe the picture."))
+    parts = [f"{o.name} {o.zone}" for o in scene.objects] + [f"number {scene.number}"] * bool(scene.number)
+    boxes = tuple(o.box for o in scene.objects) + scene.digit_boxes
+    return Question("describe", text, "", ", ".join(parts), boxes, "describe", scene.size)
+
+
+def name(scene: Scene, rng: random.Random) -> Question | None:
+    """What stands in a zone (mostly), or the other attribute of the only thing of some colour or shape."""
+    options = {"zone": [], "colour": [], "shape": []}
+    for o in scene.objects:
+        if sum(p.zone == o.zone for p in scene.objects) == 1:
+            options["zone"].append(o)
+        if sum(p.shape == o.shape for p in scene.objects) == 1:
+            options["colour"].append(o)
+        if sum(p.colour == o.colour for p in scene.objects) == 1:
+            options["shape"].append(o)
+    weights = [share if options[kind] else 0 for kind, share in (("zone", 6), ("colour", 2), ("shape", 2))]
+    if not any(weights):
+        return None
+    kind = rng.choices(list(options), weights)[0]
+    o = rng.choice(options[kind])
+    words = {
+        "zone": ("what is in the {z}?", "what do you see in the {z}?", "name the thing in the {z}."),
+        "colour": ("what colour is the {s}?", "which colour has the {s}?", "name the colour of the {s}."),
+        "shape": ("what shape is the {c} thing?", "which shape has the {c} thing?",
+                  "name the shape of the {c} thing."),
+    }[kind]  # fmt: skip
+    text = rng.choice(words).format(z=o.zone, s=o.shape, c=o.colour)
+    answer = {"zone": o.name, "colour": o.colour, "shape": o.shape}[kind]
+    return Question("name", text, "", answer, (o.box,), f"name {kind}", scene.size)
+
+
+def _kinds_by_count(objects: Sequence[Obj]) -> dict[int, list[tuple[str, str]]]:
+    """Every countable (colour or "", shape or "") under its count; of absent pairs only the near misses."""
+    counts = Counter((c, s) for o in objects for c, s in ((o.colour, o.shape), (o.colour, ""), ("", o.shape)))
+    by_count: dict[int, list[tuple[str, str]]] = {}
+    for kind, n in counts.items():
+        by_count.setdefault(n, []).append(kind)
+    pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, "") in counts or ("", s) in counts]
+    kinds = pairs + [(c, "") for c in COLOURS] + [("", s) for s in SHAPES]
+    by_count[0] = [kind for kind in kinds if kind not in counts]
+    return by_count
+
+
+def count(scene: Scene, rng: random.Random, wanted: int | None = None) -> Question | None:
+    """How many of a colour, of a shape or of both; `wanted` asks for something that occurs so many times."""
+    by_count = _kinds_by_count(scene.objects)
+    if wanted is None:
+        numbers = [n for n in sorted(by_count) if n <= MOST_COUNTED]
+        wanted = rng.choices(numbers, [1 + n * n for n in numbers])[0]  # high counts are rare: seize them
+    elif wanted not in by_count:
+        return None
+    c, s = rng.choice(by_count[wanted])
+    found = [o for o in scene.objects if o.colour == (c or o.colour) and o.shape == (s or o.shape)]
+    plural = f"{c} {PLURALS[s] if s else 'things'}".strip()
+    text = rng.choice(("how many {}?", "count the {}.", "how many {} are there?")).format(plural)
+    answer = str(len(found))
+    thought = f"{_placed(found) or 'none'}, so {answer}"
+    return Question("count", text, thought, answer, tuple(o.box for o in found), "count", scene.size)
+
+
+def _pick(scene: Scene, rng: random.Random) -> Obj | None:
+    """An object its name alone singles out; mostly one that shares its colour and its shape with others."""
+    unique = [o for o in scene.objects if is_unique(o, scene.objects)]
+    hard = [o for o in unique if has_distractors(o, scene.objects)]
+    if hard and rng.random() < 0.8:
+        return rng.choice(hard)
+    return rng.choice(unique) if unique else None
+
+
+def where(scene: Scene, rng: random.Random) -> Question | None:
+    o = _pick(scene, rng)
+    if o is None:
+        return None
+    text = rng.choice(("where is the {}?", "find the {}.", "in which part is the {}?")).format(o.name)
+    return Question("where", text, "", o.zone, (o.box,), "where", scene.size)
+
+
+def point(scene: Scene, rng: random.Random) -> Question | None:
+    o = _pick(scene, rng)
+    if o is None:
+        return None
+    text = rng.choice(("click the {}.", "point at the {}.", "press the {}.")).format(o.name)
+    (x, y), (width, height) = o.centre, scene.size
+    answer = f"click(x={x / width:.3f}, y={y / height:.3f})"
+    return Question("point", text, f"{o.name} {o.zone}", answer, (o.box,), "point", scene.size)
+
+
+def read(scene: Scene, rng: random.Random) -> Question | None:
+    if not scene.number:
+        return None
+    text = rng.choice(("what number is written?", "read the number.", "which digits are written?"))
+    return Question("read", text, "", scene.number, scene.digit_boxes, "read", scene.size)
+
+
+def neighbour(o: Obj, direction: str, objects: Sequence[Obj]) -> tuple[bool, Obj | None]:
+    """(is the case clear, the nearest object on that side or None).
+
+    With `ahead` and `aside` the distances of centres along and across the direction: an object counts if
+    aside <= 0.5 ahead and does not if aside > 1.2 ahead. In between, or a runner-up within 8 px: not clear.
+    """
+    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[direction]
+    inside, doubtful = [], []
+    for other in objects:
+        if other is o:
+            continue
+        ahead = sign * (other.centre[axis] - o.centre[axis])
+        aside = abs(other.centre[1 - axis] - o.centre[1 - axis])
+        if ahead > 0 and aside <= 1.2 * ahead:
+            (inside if aside <= 0.5 * ahead else doubtful).append((ahead, other))
+    inside.sort(key=lambda pair: pair[0])
+    if not inside:
+        return not doubtful, None
+    nearest = inside[0][0]
+    clear = all(ahead >= nearest + 8 for ahead, _ in inside[1:] + doubtful)
+    return clear, inside[0][1]
+
+
+def relation(scene: Scene, rng: random.Random) -> Question | None:
+    """What stands next to something on one side; "nothing" is kept to a quarter of the answers or so."""
+    cases = []
+    for o in scene.objects:
+        if is_unique(o, scene.objects):
+            for direction in DIRECTIONS:
+                clear, other = neighbour(o, direction, scene.objects)
+                if clear:
+                    cases.append((o, direction, other))
+    something = [case for case in cases if case[2] is not None]
+    cases = something if rng.random() < 0.8 else [case for case in cases if case[2] is None]
+    if not cases:
+        return None
+    o, direction, other = rng.choice(cases)
+    words = ("what is {} the {}?", "which thing is {} the {}?", "name the thing {} the {}.")
+    text = rng.choice(words).format(direction, o.name)
+    answer = other.name if other else "nothing"
+    thought = f"{_placed((o, other))}, so {answer}" if other else f"{_placed((o,))}, so nothing"
+    boxes = (other.box, o.box) if other else (o.box,)
+    return Question("relation", text, thought, answer, boxes, "relation", scene.size)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ability: what it asks, what in the report it stands for, and the kind of scene that suits it."""
+
+    name: str
+    line: str
+    stands_for: str
+    kind: str
+    ask: Callable[[Scene, random.Random], Question | None]
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("describe", "List every object and where it is.",
+               "captions of the vision pre-training", "objects", describe),
+        Family("name", "Name what is in one part of the picture.",
+               "general visual questions (MMBench)", "distractors", name),
+        Family("count", "Count things of a colour, a shape or both.",
+               "reasoning in steps over a picture (MathVista)", "count", count),
+        Family("where", "Say in which part of the picture a thing is.",
+               "grounding boxes of the vision pre-training", "distractors", where),
+        Family("point", "Click a thing.",
+               "screens: a click inside the target (ScreenSpot)", "distractors", point),
+        Family("read", "Read a printed number.",
+               "text in pictures (OCRBench, InfoVQA)", "read", read),
+        Family("relation", "Name the neighbour on one side of a thing.",
+               "spatial relations (RealWorldQA)", "objects", relation),
+    )
+}  # fmt: skip
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"no family is called {name!r}; choose among {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def questions(scene: Scene, rng: random.Random, families: Sequence[str], n: int) -> list[Question]:
+    """Up to n different questions on one scene, families in random order and as evenly as possible."""
+    asked: dict[tuple, Question] = {}
+    order = [_family(f) for f in families]
+    for _ in range(3 * max(1, -(-n // max(1, len(order))))):
+        rng.shuffle(order)
+        for family in order:
+            if len(asked) >= n:
+                return list(asked.values())
+            q = family.ask(scene, rng)
+            if q is not None:
+                asked.setdefault((q.family, q.targets, q.answer), q)
+    return list(asked.values())
+
+
+def make(
+    family: str, seed: int, split: str = "report", level: Level | str = "full"
+) -> tuple[Scene, Question]:
+    """A scene suited to the family and one question on it; the same arguments always give the same pair.
+
+    For name, where and point the thing asked about shares its colour with another object and its shape with
+    a third, unless the level is too small for that; for count the answers 0 to 5 come equally often as far as
+    the level allows. Splits never share a content: see `scenes.split_of`.
+    """
+    chosen = _family(family)
+    rng = random.Random(f"make/{family}/{seed}/{split}")
+    wanted = rng.randint(0, MOST_COUNTED)
+    for k in range(400):
+        picture = scene(1000 * seed + k, split, level, chosen.kind)
+        if family == "count":
+            if k % 40 == 39:
+                wanted = rng.randint(0, MOST_COUNTED)  # the level may be too small for the first choice
+            q = count(picture, rng, wanted)
+        else:
+            q = chosen.ask(picture, rng)
+        if q is not None and (k >= 200 or _suits(picture, q)):
+            return picture, q
+    raise ValueError(f"level {level!r} gives no scene to ask {family!r} about; allow more objects")
+
+
+def _suits(picture: Scene, q: Question) -> bool:
+    """False where colour or shape alone would do, or where a lone short number is all there is.
+
+    A scene that shows "6" and nothing else is one content out of ten; a held-out split would repeat it often.
+    """
+    if q.family == "read":
+        return bool(picture.objects) or len(picture.number) > 2
+    if q.family not in ("name", "where", "point") or len(picture.objects) < 3:
+        return True
+    target = next(o for o in picture.objects if o.box == q.targets[0])
+    return has_distractors(target, picture.objects)
+
+
+def majority_baseline(
+    family: str, train_questions: Sequence[Question], held_out: Sequence[Question]
+) -> float:
+    """Share of held-out questions that the best constant answer in training gets right.
+
+    Each chance_key has its own constant. For "point" it is the best of a 32 x 32 grid of points and the mean.
+    """
+    train = [q for q in train_questions if q.family == _family(family).name]
+    held = [q for q in held_out if q.family == family]
+    if not train or not held:
+        raise ValueError(
+            f"got {len(train)} training and {len(held)} held-out {family!r} questions; give some of both"
+        )
+    right = 0
+    for key in {q.chance_key for q in held}:
+        seen = [q for q in train if q.chance_key == key]
+        if seen:
+            answers = Counter(q.answer for q in seen)
+            constant = _best_point(seen) if family == "point" else answers.most_common(1)[0][0]
+            right += sum(q.check(constant) for q in held if q.chance_key == key)
+    return right / len(held)
+
+
+def _best_point(train: Sequence[Question]) -> str:
+    centres = [parse_point(q.answer) or (0.5, 0.5) for q in train]
+    mean = (sum(x for x, _ in centres) / len(train), sum(y for _, y in centres) / len(train))
+    grid = [((i + 0.5) / 32, (j + 0.5) / 32) for i in range(32) for j in range(32)]
+    x, y = max([mean, *grid], key=lambda p: sum(q._hit(*p) for q in train))
+    return f"click(x={x:.3f}, y={y:.3f})"
+
+
+def corpus(n: int) -> list[str]:
+    """Questions, thoughts and answers of n training scenes, one text each, to build the tokenizer from."""
+    texts = []
+    for seed in range(n):
+        rng = random.Random(f"corpus/{seed}")
+        for q in questions(scene(seed), rng, tuple(FAMILIES), len(FAMILIES)):
+            texts += [text for text in (q.text, q.thought, q.answer) if text]
+    return texts
