@@ -47,17 +47,21 @@ def load(
     placeholder = chat.tokenizer.special.get("<|media_pad|>")
     if placeholder != model.config.media_placeholder_token_id:
         raise CheckpointError(
-            f"{folder}: config.json gives media_placeholder_token_id={model.config.media_placeholder_token_id}, but the tokenizer "
-            f"has <|media_pad|> at {placeholder}; take both from the same release"
+            f"{folder}: config.json gives media_placeholder_token_id={model.config.media_placeholder_token_id}, but "
+            f"the tokenizer has <|media_pad|> at {placeholder}; take both from the same release"
         )
     return model, chat
 
 
 def checkpoint_folder(source: str | Path) -> Path:
-    """Where a checkpoint lies: a folder as given, or the study model's, which is found beside the package, not imported."""
+    """Where a checkpoint lies: a folder as given, or the study model's, which is found beside the package, not
+    imported.
+    """
     if source != "study":
         return Path(source).expanduser()
     workbench = find_spec("workbench")
     if workbench is None or workbench.origin is None:
-        raise CheckpointError("the study model ships with the workbench package, which is not installed; give a checkpoint folder")
+        raise CheckpointError(
+            "the study model ships with the workbench package, which is not installed; give a checkpoint folder"
+        )
     return Path(workbench.origin).parent / "study" / "checkpoint"

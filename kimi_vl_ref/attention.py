@@ -1,8 +1,9 @@
 """Latent attention (MLA). Keys and values are rebuilt from one narrow latent per token, so that is all the cache keeps.
 
-Moonlight report (arXiv 2502.16982) and DeepSeek-V2 (arXiv 2405.04434) section 2.1. Three interchangeable cores compute the
-same thing: `ExpandedCore` rebuilds every key and value, `AbsorbedCore` stays in the latent space, `ExplicitCore` shows its
-probabilities. Letters: B rows, T queries, S keys, H heads, R latent, n/r/v channels (content, rotary, value), D stream.
+Moonlight report (arXiv 2502.16982) and DeepSeek-V2 (arXiv 2405.04434) section 2.1. Three interchangeable cores compute
+the same thing: `ExpandedCore` rebuilds every key and value, `AbsorbedCore` stays in the latent space, `ExplicitCore`
+shows its probabilities. Letters: B rows, T queries, S keys, H heads, R latent, n/r/v channels (content, rotary,
+value), D stream.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .rope import Rotation, rotate
 
 
 class RMSNorm(nn.Module):
-    """Scales x to unit root mean square, in at least float32; the weight multiplies after the cast back, as released."""
+    """Scales x to unit root mean square, in at least float32; the weight multiplies after the cast back."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -40,15 +41,18 @@ class LatentAttention(nn.Module):
         up_width = self.heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.q = nn.Linear(config.hidden_size, self.heads * config.qk_head_dim, bias=False)
         self.down = nn.Linear(config.hidden_size, sum(self.down_split), bias=False)
-        self.latent = RMSNorm(config.kv_lora_rank, eps=1e-6)  # not rms_norm_eps: the released code leaves its default here
+        # not rms_norm_eps: the released code leaves its default here
+        self.latent = RMSNorm(config.kv_lora_rank, eps=1e-6)
         self.q_rope, self.k_rope = Rotate(), Rotate()
-        self.up = nn.Linear(config.kv_lora_rank, up_width, bias=False)  # its weight only: the cores apply it where it pays
+        # its weight only: the cores apply it where it pays
+        self.up = nn.Linear(config.kv_lora_rank, up_width, bias=False)
         self.core: nn.Module = LatentCore(config)
         self.out = nn.Linear(self.heads * config.v_head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, where: Where, cache: LatentCache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        q_nope, q_rope = self.q(x).unflatten(-1, (self.heads, -1)).split(self.q_split, dim=-1)  # (B, T, H, n), (B, T, H, r)
+        # (B, T, H, n), (B, T, H, r)
+        q_nope, q_rope = self.q(x).unflatten(-1, (self.heads, -1)).split(self.q_split, dim=-1)
         latent, k_rope = self.down(x).split(self.down_split, dim=-1)  # (B, T, R), (B, T, r)
         latent = self.latent(latent)
         q_rope = self.q_rope(q_rope, where.rotation)
@@ -77,8 +81,8 @@ class Where:
 
 
 # The signature of a core:
-#   q_nope (B, T, H, n), q_rope (B, T, H, r), latent (B, S, R), k_rope (B, S, r), up (H, n+v, R), visible (B, T, S) or None
-#   -> what each head read, (B, T, H, v)
+#   q_nope (B, T, H, n), q_rope (B, T, H, r), latent (B, S, R), k_rope (B, S, r), up (H, n+v, R), visible (B, T, S)
+#   or None -> what each head read, (B, T, H, v)
 
 
 class LatentCore(nn.Module):

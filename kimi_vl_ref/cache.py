@@ -1,6 +1,7 @@
 """What decoding remembers: per layer and token one normed latent and one rotated key, 576 numbers in Kimi-VL-A3B.
 
-Rows of a batch may hold different numbers of tokens; a row's token t lies in slot t. Letters: B rows, S slots, R latent.
+Rows of a batch may hold different numbers of tokens; a row's token t lies in slot t. Letters: B rows, S slots, R
+latent.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class LatentCache:
         self.rank = config.kv_lora_rank
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.filled = 0  # slots in use by the longest row, known without asking the device
-        self._layers = [torch.empty(batch, 0, self.width, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        empty = torch.empty(batch, 0, self.width, device=device, dtype=dtype)
+        self._layers = [empty] * config.num_hidden_layers  # replaced one by one when room is made
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +38,9 @@ class LatentCache:
                 self._layers[i] = new
 
     def write(self, layer: int, latent: Tensor, k_rope: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores latent (B, T, R) and k_rope (B, T, d) at positions (B, T); returns views of all slots, (B, S, R), (B, S, d)."""
+        """Stores latent (B, T, R) and k_rope (B, T, d) at positions (B, T); returns views of
+        all slots, (B, S, R) and (B, S, d).
+        """
         store = self._layers[layer]
         rows = torch.arange(store.shape[0], device=store.device)[:, None]
         store[rows, positions] = torch.cat([latent, k_rope], dim=-1)
@@ -49,6 +53,8 @@ class LatentCache:
         self.filled += tokens
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The latents (B, S, R) and rotated keys (B, S, d) held so far; slots past a row's length hold nothing of meaning."""
+        """The latents (B, S, R) and rotated keys (B, S, d) held so far; slots past a row's length hold nothing of
+        meaning.
+        """
         slots = self._layers[layer][:, : self.filled]
         return slots[..., : self.rank], slots[..., self.rank :]

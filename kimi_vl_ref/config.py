@@ -1,13 +1,15 @@
-"""What a checkpoint's `config.json` says, as frozen dataclasses, and a refusal of every value the code does not implement.
+"""What a checkpoint's `config.json` says, as frozen dataclasses, and a refusal of every value the code does not
+implement.
 
-Fields carry the names of the released file. `KIMI_VL_A3B` is the released configuration written out; `TINY` has pairwise
-distinct sizes, because Kimi-VL's own sizes coincide (27 = 27 layers, 16 = 16 heads, 64 experts = 64 rotary channels) and
-hide axis mistakes.
+Fields carry the names of the released file. `KIMI_VL_A3B` is the released configuration written out; `TINY` has
+pairwise distinct sizes, because Kimi-VL's own sizes coincide (27 = 27 layers, 16 = 16 heads, 64 experts = 64 rotary
+channels) and hide axis mistakes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -134,8 +136,8 @@ class KimiVLConfig:
         }
 
 
-# What the code implements, for the keys whose other values would silently change the maths. A missing key is fine where the
-# released class has the same default.
+# What the code implements, for the keys whose other values would silently change the maths. A missing key is fine
+# where the released class has the same default.
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("kimi_vl",),
     "tie_word_embeddings": (False,),
@@ -150,6 +152,7 @@ _IMPLEMENTED_TEXT: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "rope_scaling": (None,),
+    "rope_parameters": (None,),  # the name newer configs give to rope_theta and rope_scaling together
     "hidden_act": ("silu",),
     "moe_layer_freq": (1,),
     "attention_bias": (False,),
@@ -240,7 +243,8 @@ def _build(cls: type, data: dict[str, Any], source: str) -> Any:
     return cls(**values)
 
 
-_MAY_BE_MISSING = {"rms_norm_eps", "n_group", "topk_group", "norm_topk_prob", "initializer_range"}
+# Only where the released classes' default is ours: theirs is 1e-6 for rms_norm_eps and 8 for n_group.
+_MAY_BE_MISSING = {"norm_topk_prob", "initializer_range"}
 
 
 def _check_sizes(config: KimiVLConfig, source: str) -> None:
@@ -248,10 +252,15 @@ def _check_sizes(config: KimiVLConfig, source: str) -> None:
     for section, data in (("vision_config", asdict(vision)), ("text_config", asdict(text))):
         for key, value in data.items():
             may_be_zero = key in ("first_k_dense_replace", "bos_token_id", "eos_token_id", "pad_token_id")
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and not may_be_zero:
-                raise ConfigError(f"{source}, {section}: {key}={value} should be positive")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            # Python reads NaN and Infinity from JSON as well
+            if number and not 0 < value < math.inf and not may_be_zero:
+                raise ConfigError(f"{source}, {section}: {key}={value} should be a positive number")
     rules = [
-        (vision.hidden_size % vision.num_attention_heads == 0, "vision hidden_size must divide into num_attention_heads"),
+        (
+            vision.hidden_size % vision.num_attention_heads == 0,
+            "num_attention_heads must divide the vision hidden_size",
+        ),
         (vision.head_dim % 4 == 0, "the vision head size must be a multiple of 4 (two axes of adjacent rotary pairs)"),
         (text.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even (adjacent rotary pairs)"),
         (text.num_experts_per_tok <= text.n_routed_experts, "num_experts_per_tok must not exceed n_routed_experts"),
@@ -261,7 +270,10 @@ def _check_sizes(config: KimiVLConfig, source: str) -> None:
             text.num_experts_per_tok <= text.n_routed_experts // text.n_group * text.topk_group,
             "topk_group groups must hold num_experts_per_tok experts",
         ),
-        (0 <= config.media_placeholder_token_id < text.vocab_size, "media_placeholder_token_id must be below vocab_size"),
+        (
+            0 <= config.media_placeholder_token_id < text.vocab_size,
+            "media_placeholder_token_id must lie below vocab_size",
+        ),
     ]
     for holds, sentence in rules:
         if not holds:

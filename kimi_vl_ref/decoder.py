@@ -35,7 +35,9 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def place(self, x: Tensor, cache: LatentCache | None) -> Where:
-        """Positions, rotation and visibility for the columns of x. Padding on the right needs no mask: nothing looks back at it."""
+        """Positions, rotation and visibility for the columns of x. Padding on the right needs no mask: nothing looks
+        back at it.
+        """
         columns = torch.arange(x.shape[1], device=x.device)
         if cache is None:
             positions, visible = columns.expand(x.shape[0], -1), None

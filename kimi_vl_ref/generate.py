@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from .cache import LatentCache
-from .chat import Chat, Inputs, Prompt, StreamDecoder, ThoughtSplitter, Tokenizer, collate
+from .chat import Chat, Inputs, Prompt, StreamDecoder, Tokenizer, collate
 from .model import KimiVL
-
-CLOSE_THOUGHT = "◁/think▷"
-OPEN_THOUGHT = "◁think▷"
+from .thought import CLOSE_THOUGHT, OPEN_THOUGHT, ThoughtSplitter
 
 
 @dataclass(frozen=True)
 class Step:
-    """One new token for each row; None where the row has ended. Entropies in nats, of the distribution at temperature 1."""
+    """One new token for each row; None where the row has ended. Entropies in nats, of the distribution at temperature
+    1.
+    """
 
     tokens: list[int | None]
     logprobs: list[float]
@@ -32,8 +32,8 @@ class Step:
 class ThoughtBudget:
     """Closes a thought that has run for `tokens` tokens, by writing the closing marker in the model's place.
 
-    The markers are plain text, so the watch is on the decoded text; a row that opens no thought is left alone. One object
-    watches one row: feed it every token, ask `forced()` before the next.
+    The markers are plain text, so the watch is on the decoded text; a row that opens no thought is left alone. One
+    object watches one row: feed it every token, ask `forced()` before the next.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: int):
@@ -82,7 +82,8 @@ def generate(
 ) -> Iterator[Step]:
     """Yields a Step a token until every row has produced a stop token (yielded too) or `max_new_tokens` are written.
 
-    temperature 0 is greedy; `seed` makes sampling repeatable; `budgets` holds one ThoughtBudget a row. Raises ValueError for a prompt that does not fit the context.
+    temperature 0 is greedy; `seed` makes sampling repeatable; `budgets` holds one ThoughtBudget a row. Raises
+    ValueError for a prompt that does not fit the context.
     """
     _check(model, inputs, max_new_tokens, temperature, top_p)
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
@@ -135,7 +136,9 @@ def prefill(model: KimiVL, inputs: Inputs, cache: LatentCache, chunk: int = 4096
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """logits (B, vocabulary) -> token ids (B,). Top-p keeps the smallest set of tokens with at least that much probability."""
+    """logits (B, vocabulary) -> token ids (B,). Top-p keeps the smallest set of tokens with at least that much
+    probability.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     probs, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)

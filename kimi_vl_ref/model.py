@@ -50,11 +50,12 @@ class KimiVL(nn.Module):
         lengths: Tensor | None = None,
         cache: LatentCache | None = None,
     ) -> Tensor:
-        """The normed stream (B, T, D); `model.logits` turns the rows you need into scores (all of them at 128K: 80 GiB).
+        """The normed stream (B, T, D); `model.logits` turns the rows you need into scores (all of them at 128K: 80
+        GiB).
 
-        input_ids (B, T), shorter rows padded on the right and their real `lengths` (B,) given; pixel_values (N, 3, 14, 14)
-        with image_grid_hws (pictures, 2) in the order in which the placeholders stand, row after row. With a cache the rows
-        go on where they stopped. Raises ValueError when placeholders and pictures do not match.
+        input_ids (B, T), shorter rows padded on the right and their real `lengths` (B,) given; pixel_values (N, 3, 14,
+        14) with image_grid_hws (pictures, 2) in the order in which the placeholders stand, row after row. With a cache
+        the rows go on where they stopped. Raises ValueError when placeholders and pictures do not match.
         """
         visual = None
         if pixel_values is not None and image_grid_hws is not None:
@@ -67,8 +68,8 @@ class KimiVL(nn.Module):
         grids: Grids = [(h, w) for h, w in image_grid_hws.tolist()]
         if sum(h * w for h, w in grids) != len(pixel_values):
             raise ValueError(
-                f"the grids {grids} make {sum(h * w for h, w in grids)} patches, but pixel_values holds {len(pixel_values)}; "
-                "take both from the same image processor call"
+                f"the grids {grids} make {sum(h * w for h, w in grids)} patches, but pixel_values holds "
+                f"{len(pixel_values)}; take both from the same image processor call"
             )
         return self.projector(self.vision(pixel_values, grids), grids)
 

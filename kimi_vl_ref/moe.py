@@ -1,7 +1,7 @@
 """Feed-forward layers: the dense one of layer 0, and the mixture of experts of all later layers.
 
-DeepSeek-V3 report (arXiv 2412.19437) section 2.1.2. A token's scores choose a few experts; a bias tips the choice to keep
-the load even, and touches nothing else. Letters: B rows, T tokens, D stream, E experts, K chosen, F expert width.
+DeepSeek-V3 report (arXiv 2412.19437) section 2.1.2. A token's scores choose a few experts; a bias tips the choice to
+keep the load even, and touches nothing else. Letters: B rows, T tokens, D stream, E experts, K chosen, F expert width.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class Experts(nn.Module):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
-    """Row block e of x, load[e] rows long, times weight[e] transposed. x (N, I), weight (E, O, I), load (E,) -> (N, O)."""
+    """Row block e of x, load[e] rows long, times weight[e] transposed. x (N, I), weight (E, O, I), load (E,) -> (N, O).
+    """
     bytes_of = [size * x.element_size() for size in weight.shape[1:]]
     if x.dtype != torch.float64 and all(size % 16 == 0 for size in bytes_of):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=load.cumsum(0).to(torch.int32))

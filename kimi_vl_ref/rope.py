@@ -21,8 +21,8 @@ def rotation_1d(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -
 def rotation_2d(grids: list[tuple[int, int]], dim: int, dtype: torch.dtype, device: torch.device) -> Rotation:
     """Angles of patch rows and columns, counted from 0 inside each picture. grids of (h, w) -> two of (P, dim/2).
 
-    Pair 2i turns with the **column** and pair 2i+1 with the **row**, both by `10000^(-4i/dim)`: the order of the released
-    arithmetic, which a docstring travelling with the released code states the other way round.
+    Pair 2i turns with the **column** and pair 2i+1 with the **row**, both by `10000^(-4i/dim)`: the order of the
+    released arithmetic, which a docstring travelling with the released code states the other way round.
     """
     frequencies = 10000.0 ** -(torch.arange(0, dim, 4, device=device, dtype=torch.float64) / dim)  # (dim/4,)
     angles = []
@@ -35,7 +35,8 @@ def rotation_2d(grids: list[tuple[int, int]], dim: int, dtype: torch.dtype, devi
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turns each adjacent channel pair of x (..., H, d) by its angle; the rotation (..., d/2) is shared by all heads."""
+    """Turns each adjacent channel pair of x (..., H, d) by its angle; the rotation (..., d/2) is shared by all heads.
+    """
     cos, sin = (part[..., None, :] for part in rotation)  # add the head axis
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # (..., H, d/2) each
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

@@ -59,7 +59,8 @@ class PositionTable(nn.Module):
         self.weight = nn.Parameter(torch.randn(size))
 
     def forward(self, grids: Grids) -> Tensor:
-        """(h, w) per picture -> (P, V). Plain bicubic without antialiasing: shrinking aliases, and so it was trained."""
+        """(h, w) per picture -> (P, V). Plain bicubic without antialiasing: shrinking aliases, and so it was trained.
+        """
         if not grids:
             return self.weight.new_zeros(0, self.weight.shape[-1])
         stretched = {grid: self._stretch(grid) for grid in dict.fromkeys(grids)}

@@ -1,8 +1,9 @@
 """Released tensor names <-> ours, in ONE table, and what follows from it: loading, saving, refusing what does not fit.
 
-The table speaks of modules, so that it serves parameters here and hooks elsewhere (which activation of ours is which of the
-released implementation's). Released checkpoints store every expert by itself; ours are stacked, so an expert's tensor is a
-slice. The stored `rotary_emb.inv_freq` are never read: rounded to bf16 they would be off by many turns at long context.
+The table speaks of modules, so that it serves parameters here and hooks elsewhere (which activation of ours is which
+of the released implementation's). Released checkpoints store every expert by itself; ours are stacked, so an expert's
+tensor is a slice. The stored `rotary_emb.inv_freq` are never read: rounded to bf16 they would be off by many turns at
+long context.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def places(model: KimiVL) -> dict[str, Place]:
 
 
 def inv_freq_names(config: KimiVLConfig) -> list[str]:
-    return [f"language_model.model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.text.num_hidden_layers)]
+    layers = range(config.text.num_hidden_layers)
+    return [f"language_model.model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers]
 
 
 def parameter_count(model: KimiVL) -> int:
@@ -175,7 +177,8 @@ class Filling:
             )
         if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
             raise CheckpointError(
-                f"{source}: {name} is stored as {tensor.dtype}; only float16, bfloat16, float32 and float64 weights are read"
+                f"{source}: {name} is stored as {tensor.dtype}; "
+                "only float16, bfloat16, float32 and float64 weights are read"
             )
         if name not in self.missing:
             raise CheckpointError(f"{source}: {name} comes a second time; remove the shard that does not belong here")
@@ -197,8 +200,8 @@ def load_checkpoint(
 ) -> KimiVL:
     """A model from a folder laid out like a released checkpoint. dtype: the one config.json names unless given.
 
-    Reads one tensor at a time, so memory peaks at the weights and one tensor. Raises CheckpointError or ConfigError with the
-    file and tensor at fault.
+    Reads one tensor at a time, so memory peaks at the weights and one tensor. Raises CheckpointError or ConfigError
+    with the file and tensor at fault.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -233,7 +236,7 @@ def find_shards(folder: Path) -> list[Path]:
         )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map is missing or does not map tensor names to file names; fetch it again")
+        raise CheckpointError(f"{index}: weight_map is missing or does not map tensors to files; fetch it again")
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
         if shard.parent != folder:
@@ -274,8 +277,11 @@ def save_checkpoint(
         save_file(part, folder / f"{file}.part", metadata={"format": "pt"})
         os.replace(folder / f"{file}.part", folder / file)
         weight_map |= dict.fromkeys(names, file)
+    index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        index.unlink(missing_ok=True)  # one that an earlier, larger save left would win over the single file
     config = model.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", config)
 

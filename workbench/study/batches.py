@@ -1,7 +1,7 @@
 """Training batches: scenes with several questions each, as whole conversations in the model's own chat format.
 
-A picture with many questions pays its cost in the eye once. Everything follows from (stage, step, row), so a resumed run
-sees exactly the scenes it would have seen. Letters: B rows, T tokens, N patches.
+A picture with many questions pays its cost in the eye once. Everything follows from (stage, step, row), so a resumed
+run sees exactly the scenes it would have seen. Letters: B rows, T tokens, N patches.
 """
 
 from __future__ import annotations

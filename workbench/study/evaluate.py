@@ -1,9 +1,10 @@
-"""How often the study model is right, on scenes whose content it was never trained on, beside what a constant answer gets.
+"""How often the study model is right, on scenes whose content it was never trained on, beside what a constant answer
+gets.
 
     kimi-vl study evaluate --scenes 500
 
-Greedy decoding, one question a scene. The split "report" is for the figures that are published, "choose" for decisions made on
-the way; both are disjoint from training by content (`scenes.split_of`).
+Greedy decoding, one question a scene. The split "report" is for the figures that are published, "choose" for decisions
+made on the way; both are disjoint from training by content (`scenes.split_of`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from kimi_vl_ref import Chat, KimiVL, generate, load
-from kimi_vl_ref.chat import collate, split_thought
+from kimi_vl_ref.chat import collate
 from kimi_vl_ref.generate import ThoughtBudget
+from kimi_vl_ref.thought import split_thought
 
 from .families import FAMILIES, Question, majority_baseline, make
 from .scenes import Scene
@@ -125,9 +127,8 @@ def main(
         raise ValueError(f"{scenes} scenes give no share; use 1 or more")
     loaded, chat = load(model)
     with torch.inference_mode():
-        scores = evaluate(
-            loaded, chat, families or tuple(FAMILIES), scenes=scenes, split=split, thought_budget=thought_budget, progress=True
-        )
+        options = {"scenes": scenes, "split": split, "thought_budget": thought_budget, "progress": True}
+        scores = evaluate(loaded, chat, families or tuple(FAMILIES), **options)
     print(f"{model}, {scenes} scenes a family, split '{split}', greedy, thought budget {thought_budget}")
     print(table(scores))
     if json_path is not None:

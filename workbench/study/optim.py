@@ -1,7 +1,8 @@
 """Muon for matrices and AdamW for the rest, as Moonlight mixes them (arXiv 2502.16982, sections 2.1 and 2.2).
 
-A matrix's momentum is orthogonalised (all its directions get the same weight) and scaled by 0.2 sqrt(max(rows, columns)), which
-gives it the size of an AdamW step, so both halves share one learning rate schedule and one weight decay.
+A matrix's momentum is orthogonalised (all its directions get the same weight) and scaled by 0.2 sqrt(max(rows,
+columns)), which gives it the size of an AdamW step, so both halves share one learning rate schedule and one weight
+decay.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class MuonAdamW:
         for group in same_shape.values():  # matrices of one shape are orthogonalised in one batch
             directions = orthogonalise(torch.cat([wide for _, wide in group]))
             scale = 0.2 * max(directions.shape[1:]) ** 0.5
-            for (slot, wide), direction in zip(group, directions.split([len(wide) for _, wide in group]), strict=True):
+            for (slot, _), direction in zip(group, directions.split([len(wide) for _, wide in group]), strict=True):
                 matrices = as_matrices(slot.name, slot.value)
                 update = direction if direction.shape == matrices.shape else direction.transpose(1, 2)
                 slot.value.mul_(1 - lr * self.decay)
@@ -111,9 +112,11 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Balancer:
-    """Keeps the experts evenly loaded without a loss: after each step, the bias of an overloaded expert sinks by `rate`.
+    """Keeps the experts evenly loaded without a loss: after each step, the bias of an overloaded expert sinks by
+    `rate`.
 
-    DeepSeek-V3 report (arXiv 2412.19437) section 2.1.2. Counts choices by a hook from outside; only `real` columns count.
+    DeepSeek-V3 report (arXiv 2412.19437) section 2.1.2. Counts choices by a hook from outside; only `real` columns
+    count.
     """
 
     def __init__(self, model: KimiVL):
@@ -130,7 +133,9 @@ class Balancer:
         return count
 
     def update(self, rate: float) -> Tensor:
-        """Moves the biases; returns each layer's MaxVio, (largest load - mean load) / mean load, and forgets the counts."""
+        """Moves the biases; returns each layer's MaxVio, (largest load - mean load) / mean load, and forgets the
+        counts.
+        """
         mean = self.loads.mean(1, keepdim=True)
         for choice, load in zip(self.choices, self.loads, strict=True):
             choice.bias += rate * torch.sign(load.mean() - load)

@@ -2,9 +2,10 @@
 
     kimi-vl study train --out runs/study
 
-What was taken from the report and what was not is said in README.md beside this file. Every `save_every` steps the whole state
-(weights, optimiser, step) is written, each file whole or not at all; the same command goes on from the last one. Two worker
-processes of one thread each share a batch (`ranks=2`): on two cores that is nearly twice as fast as two threads.
+What was taken from the report and what was not is said in README.md beside this file. Every `save_every` steps the
+whole state (weights, optimiser, step) is written, each file whole or not at all; the same command goes on from the
+last one. Two worker processes of one thread each share a batch (`ranks=2`): on two cores that is nearly twice as fast
+as two threads.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Stage:
     decay_from: float = 0.6  # share of the stage after which the rate falls linearly
     adamw_share: float = 0.5
     dense: float = 0.0  # weight of the eye's dense losses; the eye stage has nothing else
-    bias_rate: float = 1e-3
+    bias_rate: float = 3e-3
 
     def rate_at(self, step: int) -> float:
         if step < self.warm:
@@ -117,29 +118,29 @@ STAGES = (
     ),
     Stage(
         "words",
-        steps=700,
+        steps=500,
         mix=Mix(
             SCENES,
             {"describe": 3, "name": 2, "where": 2, "read": 2, "relation": 0.5, "count": 0.5, "point": 0.5},
             levels=("first", "second", "third"),
         ),
-        batch=48,
+        batch=32,
         rate=3e-3,
         final_rate=3e-3,
         dense=0.3,
     ),
     Stage(
         "all",
-        steps=2400,
+        steps=1200,
         mix=Mix(
             SCENES,
-            {"describe": 1.5, "name": 1, "where": 1, "read": 1, "relation": 1, "count": 1, "point": 1},
+            {"describe": 1.5, "name": 1, "where": 1, "read": 2, "relation": 1, "count": 1, "point": 1},
             levels=("third", "full", "full", "full"),
         ),
-        batch=48,
+        batch=32,
         rate=3e-3,
         decay_from=0.5,
-        dense=0.1,
+        dense=0.3,
     ),
 )
 
@@ -155,7 +156,9 @@ class Progress:
 
 
 def new_model(seed: int) -> KimiVL:
-    """Random weights; the position table starts as low sines and cosines, so that place can be read from the first step."""
+    """Random weights; the position table starts as low sines and cosines, so that place can be read from the first
+    step.
+    """
     torch.manual_seed(seed)
     model = KimiVL(CONFIG)
     with torch.no_grad():

@@ -1,0 +1,159 @@
+"""`kimi-vl`: ask about a picture, open the page, train and evaluate the study model.
+
+Commands import what they need when they run, so that `kimi-vl --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:  # `kimi_vl_ref` alone installs light, and this command comes with it
+    sys.exit("kimi-vl needs the packages of the 'demos' group: pip install 'kimi-vl-workbench[demos]'")
+
+if TYPE_CHECKING:
+    from kimi_vl_ref import Reply
+
+app = typer.Typer(help="A small, readable Kimi-VL: ask it, look inside it, train one.", add_completion=False, pretty_exceptions_enable=False)
+study = typer.Typer(help="The small model that ships with this package.")
+app.add_typer(study, name="study")
+
+Model = Annotated[str, typer.Option(help="'study', or a checkpoint folder in the released layout")]
+Budget = Annotated[int | None, typer.Option(min=0, help="tokens after which the thought is closed")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="makes sampling repeatable")]
+
+
+@app.command()
+def chat(
+    question: Annotated[str, typer.Argument(help="what to ask")],
+    image: Annotated[list[Path] | None, typer.Option(help="a picture; repeat it for several")] = None,
+    model: Model = "study",
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="stop after so many tokens, thought included")] = 512,
+    thought_budget: Budget = None,
+    seed: Seed = None,
+) -> None:
+    """Answer a question about pictures: the thought, dimmed, then the answer."""
+    if not question.strip():
+        raise ValueError("the question is empty; write what you want to know")
+    from kimi_vl_ref import load, stream_reply
+
+    pictures = [{"type": "image", "image": path} for path in image or []]
+    messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+    loaded, its_chat = load(model)
+    reply = show(
+        stream_reply(
+            loaded,
+            its_chat,
+            messages,
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            thought_budget=thought_budget,
+            seed=seed,
+        )
+    )
+    if reply is not None and not reply.finished:
+        typer.echo(f"(cut off after {len(reply.token_ids)} tokens)", err=True)
+
+
+def show(replies: Iterable[Reply]) -> Reply | None:
+    """Prints a reply as it grows, its thought dimmed where the terminal can; returns it whole."""
+    reply, shown = None, {"thought": 0, "answer": 0}
+    for reply in replies:
+        for part in ("thought", "answer"):
+            text = getattr(reply, part).lstrip()
+            new = text[shown[part] :]
+            if new and part == "answer" and shown["thought"] and not shown["answer"]:
+                typer.echo("\n")
+            typer.secho(new, dim=part == "thought", nl=False)
+            sys.stdout.flush()
+            shown[part] = max(shown[part], len(text))  # the last reply may have lost trailing blanks
+    typer.echo()
+    return reply
+
+
+@app.command()
+def demo(
+    model: Model = "study",
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+) -> None:
+    """Open the page in which to ask and to look inside."""
+    # The rooms open one way, workbench <- demos, so this is no import statement: nothing of the page is needed to
+    # import the workbench, and only this command starts it. The import test allows this one line.
+    importlib.import_module("demos.app").main(model=model, host=host, port=port)
+
+
+@study.command("evaluate")
+def study_evaluate(
+    model: Model = "study",
+    scenes: Annotated[int, typer.Option(help="scenes for each family, from seeds never trained on")] = 500,
+    family: Annotated[list[str] | None, typer.Option(help="only this family; repeat it for several")] = None,
+    split: Annotated[str, typer.Option(help="'report' for published figures, 'choose' for decisions")] = "report",
+    thought_budget: Budget = None,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers to this file")] = None,
+) -> None:
+    """Print accuracy by family beside the best constant answer."""
+    from .study.evaluate import main
+
+    main(
+        model=model,
+        scenes=scenes,
+        families=family,
+        split=split,
+        thought_budget=thought_budget,
+        json_path=json,
+    )
+
+
+@study.command("train")
+def study_train(
+    out: Annotated[Path, typer.Option(help="a run's folder; a run that is there goes on")] = Path("runs/study"),
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the weights and the scenes")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, help="processes that share the work")] = 2,
+    save_every: Annotated[int, typer.Option(min=1, help="steps from one saving to the next")] = 100,
+) -> None:
+    """Train the study model, or go on with a run that was stopped."""
+    from .study.train import main
+
+    main(out=out, seed=seed, ranks=ranks, save_every=save_every)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; the exit code. The one place where an error of the user's becomes a sentence.
+
+    Bad input of every kind is one line on stderr and exit code 2. KIMI_VL_TRACEBACK=1 shows where it came from.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        # non-standalone: errors come here, and are not printed with a usage block around them
+        return app(arguments or ["--help"], prog_name="kimi-vl", standalone_mode=False) or 0
+    except (typer.TyperException, ModuleNotFoundError, OSError, ValueError) as error:
+        ours = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(
+            ("kimi_vl_ref", "workbench", "demos")
+        )
+        if ours or os.environ.get("KIMI_VL_TRACEBACK"):
+            raise
+        print("kimi-vl:", " ".join(sentence(error).split()), file=sys.stderr)
+        return 2
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, for a person."""
+    if isinstance(error, typer.TyperException):
+        return f"{error.format_message().rstrip('.')}; see kimi-vl --help"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install 'kimi-vl-workbench[demos]'"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())
