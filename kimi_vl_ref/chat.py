@@ -93,7 +93,7 @@ class Tokenizer:
         if len(self.special) < SPECIAL_SLOTS:
             seen: set[str] = set()
             twice = next(name for name in self.special_names.values() if name in seen or seen.add(name))
-            raise TokenizerError(f"special token {twice!r} is named for two ids; every special token needs its own name")
+            raise TokenizerError(f"special token {twice!r} is named for two ids; give every special token its own name")
         self.vocab_size = base + SPECIAL_SLOTS
         self._encoding = tiktoken.Encoding(
             "kimi-vl", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special
@@ -337,11 +337,13 @@ def reply_roles(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     pieces = [b"" if id in tokenizer.special_names else tokenizer.token_bytes(id) for id in ids]
     text = b"".join(pieces)
     opened, closed = text.find(OPEN_THOUGHT.encode()), text.find(CLOSE_THOUGHT.encode())
-    if opened < 0 or text[:opened].strip():  # no thought: as `ThoughtSplitter`, which looks at the first visible text
-        opened = closed = thought = answer = 0
+    # As `ThoughtSplitter` reads it: the opening marker counts at the very start, a closing one always.
+    opens = opened >= 0 and not text[:opened].decode("utf-8", "replace").strip()
+    thought = opened + len(OPEN_THOUGHT.encode()) if opens else 0
+    if closed < 0:
+        closed = len(text) if opens else 0
+        answer = closed
     else:
-        thought = opened + len(OPEN_THOUGHT.encode())
-        closed = closed if closed >= thought else len(text)
         answer = closed + len(CLOSE_THOUGHT.encode())
     roles, end = [], 0
     for id, piece in zip(ids, pieces, strict=True):
@@ -354,8 +356,7 @@ def reply_roles(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """A tiktoken rank file: a line each of base64 bytes, a space, a rank. Raises TokenizerError naming file and line.
-    """
+    """A tiktoken rank file: base64 bytes, a space and a rank a line. Raises TokenizerError naming file and line."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -375,7 +376,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
                 f"{path}, line {number}: not a base64 token, a space and a rank; the file is damaged, fetch it again"
             ) from error
         if not token or token in ranks or rank in seen:
-            what = "the token is empty" if not token else f"{f'token {token!r}' if token in ranks else f'rank {rank}'} twice"
+            again = f"token {token!r} again" if token in ranks else f"rank {rank} again"
+            what = again if token else "an empty token"
             raise TokenizerError(f"{path}, line {number}: {what}; the file is damaged, fetch it again")
         ranks[token] = rank
         seen.add(rank)
@@ -415,7 +417,7 @@ def _read_tokenizer_config(path: Path, base: int) -> tuple[dict[int, str], str]:
         raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again") from error
     entries = data.get("added_tokens_decoder") if isinstance(data, dict) else None
     if not isinstance(entries, dict):
-        raise TokenizerError(f"{path}: added_tokens_decoder is missing; it names the special tokens, fetch the file again")
+        raise TokenizerError(f"{path}: added_tokens_decoder, the names of special tokens, is missing; fetch it again")
     names: dict[int, str] = {}
     for key, entry in entries.items():
         name = entry.get("content") if isinstance(entry, dict) else None
@@ -443,7 +445,7 @@ def _chunks(text: str) -> Iterator[str]:
 
 def _turns(messages: Any) -> list[tuple[str, Mapping[str, Any]]]:
     if not isinstance(messages, list | tuple):
-        raise ValueError(f"a conversation is a list of messages, not {type(messages).__name__}; put the message in a list")
+        raise ValueError(f"a conversation is a list of messages, not {type(messages).__name__}; put messages in a list")
     if not messages:
         raise ValueError("the conversation is empty; give at least one message with a question")
     turns = []
@@ -461,7 +463,7 @@ def _parts(message: Mapping[str, Any], role: str, at: int) -> list[tuple[str, An
     content = message["content"]
     elements = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(elements, list | tuple):
-        raise ValueError(f"message {at} has content of type {type(content).__name__}; give a text or a list of elements")
+        raise ValueError(f"message {at} has content of type {type(content).__name__}; give a text or a list of parts")
     parts: list[tuple[str, Any]] = []
     for element in elements:
         kind, value = _element(element, at)

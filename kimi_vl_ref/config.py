@@ -213,9 +213,9 @@ def _section(data: dict[str, Any], name: str, source: str) -> dict[str, Any]:
 
 
 def _number(data: dict[str, Any], key: str, kind: type, source: str) -> Any:
-    value = data.get(key)
     if key not in data:
         raise ConfigError(f"{source}: {key} is missing; the released file gives it")
+    value: Any = data[key]
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{source}: {key}={json.dumps(value)} should be {kind.__name__}")

@@ -128,13 +128,15 @@ class PatchGrid:
 
     def _checked(self, index: int, count: int, what: str) -> int:
         if not 0 <= index < count:
-            raise ValueError(f"{what} {index} does not exist; the picture has {what}s 0 to {count - 1}")
+            raise ValueError(f"{what} {index} does not exist; they are numbered 0 to {count - 1}")
         return index
 
     def _as_grid(self, values: Any, count: int, grid: tuple[int, int], what: str) -> Any:
         values = np.asarray(values) if isinstance(values, list | tuple) else values
         if values.shape[-1] != count:
-            raise ValueError(f"{values.shape[-1]} values do not fit a picture of {count} {what} ({grid[0]} x {grid[1]})")
+            raise ValueError(
+                f"{values.shape[-1]} values do not fit a picture of {grid[0]} x {grid[1]} {what}; give one for each"
+            )
         return values.reshape(*values.shape[:-1], *grid)
 
 
@@ -148,8 +150,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What `preprocessor_config.json` says: sizes in pixels, the limit in patches, mean and std per colour in [0, 1].
-    """
+    """What `preprocessor_config.json` says: sizes in pixels, the limit in patches, mean and std a colour in [0, 1]."""
 
     patch_size: int
     merge_kernel_size: tuple[int, int]
@@ -178,8 +179,7 @@ class ImageProcessor:
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "preprocessor_config.json") -> ImageProcessor:
-        """Keys that the algorithm does not use (`num_pooled_tokens`, `auto_map`, ...) are ignored; no key is assumed.
-        """
+        """Keys that the algorithm does not use (`num_pooled_tokens`, ...) are ignored; no needed key is assumed."""
         if not isinstance(data, dict):
             raise ImageError(f"{source} does not hold a JSON object; fetch the file again")
         if data.get("image_processor_type") != PROCESSOR_TYPE:
@@ -189,9 +189,9 @@ class ImageProcessor:
             )
         read = _Keys(data, source)
         return cls(
-            patch_size=read.counts("patch_size")[0],
-            merge_kernel_size=read.counts("merge_kernel_size", 2),
-            in_token_limit=read.counts("in_token_limit")[0],
+            patch_size=read.count("patch_size"),
+            merge_kernel_size=read.pair("merge_kernel_size"),
+            in_token_limit=read.count("in_token_limit"),
             pad_input=read.switch("pad_input"),
             image_mean=read.colours("image_mean", "at least 0", lambda v: v >= 0),
             image_std=read.colours("image_std", "above 0", lambda v: v > 0),
@@ -221,20 +221,18 @@ class ImageProcessor:
             offset = (round((resized[0] - columns * patch) / 2), round((resized[1] - rows * patch) / 2))
         if max(rows, columns) >= MAX_GRID_SIDE:
             raise ImageError(
-                f"a picture of {width} x {height} pixels makes a grid of {rows} x {columns} patches, and a side must stay "
-                f"under {MAX_GRID_SIDE} (at most {(MAX_GRID_SIDE - merge) * patch} pixels); shrink or cut its long side"
+                f"a picture of {width} x {height} pixels makes a grid of {rows} x {columns} patches, but a side must "
+                f"stay under {MAX_GRID_SIDE} ({(MAX_GRID_SIDE - merge) * patch} pixels); shrink or cut its long side"
             )
         if min(rows, columns) < 1 or rows % merge or columns % merge:
             raise ImageError(
-                f"a picture of {width} x {height} pixels is cropped to {rows} x {columns} patches, which do not pair up into "
-                f"visual tokens; set pad_input to true in the preprocessor configuration, as every Kimi-VL checkpoint does"
+                f"a picture of {width} x {height} pixels is cropped to {rows} x {columns} patches, which do not "
+                "pair up into visual tokens; set pad_input to true in preprocessor_config.json, as Kimi-VL's checkpoints do"
             )
         return PatchGrid((width, height), resized, (rows, columns), patch, merge, offset)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Shrinks to the token limit, never enlarges. The limit is met before padding, so padding may exceed it a
-        little.
-        """
+        """Shrinks to the limit, never enlarges. The limit is met before padding, so the padded grid may exceed it."""
         patches = (width // self.patch_size) * (height // self.patch_size)
         if patches <= self.in_token_limit:
             return width, height
@@ -281,14 +279,15 @@ class _Keys:
             raise ImageError(f"{self.source}: {key}={self.data[key]!r} is not usable; it must be {wanted}")
         return self.data[key]
 
-    def counts(self, key: str, n: int = 1) -> tuple[int, ...] | Any:
-        def whole(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    def count(self, key: str) -> int:
+        return self._get(key, "a whole number above 0", _is_count)
 
-        if n == 1:
-            return (self._get(key, "a whole number above 0", whole),)
-        wanted = f"a list of {n} whole numbers above 0"
-        return tuple(self._get(key, wanted, lambda v: isinstance(v, list) and len(v) == n and all(map(whole, v))))
+    def pair(self, key: str) -> tuple[int, int]:
+        def usable(value: Any) -> bool:
+            return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+        first, second = self._get(key, "a list of 2 whole numbers above 0", usable)
+        return first, second
 
     def switch(self, key: str) -> bool:
         return self._get(key, "true or false", lambda value: isinstance(value, bool))
@@ -303,6 +302,10 @@ class _Keys:
             key, wanted, lambda v: isinstance(v, list) and len(v) == 3 and all(map(usable, v))
         )
         return float(red), float(green), float(blue)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -329,7 +332,7 @@ def open_image(source: ImageSource) -> Image.Image:
             "give a path, the bytes of a file, a Pillow image or a uint8 array"
         )
     if str(source).lower().startswith(("http://", "https://", "http:/", "https:/")):
-        raise ImageError(f"{source} is an address, and pictures are never fetched; download it and give the file's path")
+        raise ImageError(f"{source} is an address, and nothing is fetched; download it and give the path of the file")
     try:
         path = Path(source).expanduser()
         if path.is_dir():
@@ -355,7 +358,7 @@ def _decode(file: Any, name: str) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise ImageError(_too_large(name, None)) from error
         except Exception as error:  # decoders raise whatever their format's damage trips over
-            raise ImageError(f"{name} is not a picture that Pillow can read; give a PNG, JPEG, WebP or similar") from error
+            raise ImageError(f"{name} is not a picture that can be read; give a PNG, JPEG, WebP or similar") from error
         return _convert(image, name)
 
 
@@ -424,4 +427,4 @@ def _from_data_address(address: str) -> bytes:
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ImageError(f"the data: address is not valid base64 ({error}); give the bytes of the file instead") from error
+        raise ImageError(f"the data: address is not valid base64 ({error}); give the file's bytes instead") from error

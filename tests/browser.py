@@ -1,7 +1,7 @@
-"""A Chromium for the tests that drive a page: found on PATH, or fetched by Playwright, or installed by apt as root.
+"""A Chromium for the tests that drive a page: on PATH, or fetched by Playwright, or installed by apt as root.
 
-`python tests/browser.py` makes sure there is one and prints its path; without one it says so and exits with 1, so that CI
-fails and does not skip.
+`python tests/browser.py` makes sure there is one and prints its path; without one it says so and exits with
+1, so that CI fails and does not skip.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def find_chromium() -> Path | None:
 
 
 def install_chromium() -> None:
-    """Tries Playwright's own download, then Debian's package where we may install one. Raises nothing: look again after it."""
+    """Tries Playwright's own download, then Debian's package where we may install one. Raises nothing."""
     attempts = [[[sys.executable, "-m", "playwright", "install", "chromium"]]]
     if os.name == "posix" and os.geteuid() == 0 and shutil.which("apt-get"):
-        attempts.append([["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]])
+        attempts.append(
+            [["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]]
+        )
     for commands in attempts:
         done = all(_run(command) for command in commands)
         if done and find_chromium():

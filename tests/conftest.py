@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-# Before torch is imported anywhere: pytest-xdist's workers share the cores, and torch would start a thread a core in each.
+# Before torch is imported anywhere: pytest-xdist's workers share the cores, and torch would start a thread a
+# core in each of them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here needs a network, and a test that quietly uses one should fail.
@@ -15,6 +16,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+
 from browser import chromium
 
 if TYPE_CHECKING:
@@ -37,8 +39,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A fresh tab, 1280 x 900, in a profile of its own; a script error on the page fails the test at its end."""
+    """A fresh tab, 1280 x 900, in a profile of its own; a script error on it fails the test at its end."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(60_000)  # milliseconds; a busy machine is slow, not wrong
     opened = context.new_page()
     errors: list[str] = []
     opened.on("pageerror", lambda error: errors.append(str(error)))

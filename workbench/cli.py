@@ -20,7 +20,11 @@ except ModuleNotFoundError:  # `kimi_vl_ref` alone installs light, and this comm
 if TYPE_CHECKING:
     from kimi_vl_ref import Reply
 
-app = typer.Typer(help="A small, readable Kimi-VL: ask it, look inside it, train one.", add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="A small, readable Kimi-VL: ask it, look inside it, train one.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 study = typer.Typer(help="The small model that ships with this package.")
 app.add_typer(study, name="study")
 
@@ -85,8 +89,8 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ) -> None:
     """Open the page in which to ask and to look inside."""
-    # The rooms open one way, workbench <- demos, so this is no import statement: nothing of the page is needed to
-    # import the workbench, and only this command starts it. The import test allows this one line.
+    # The rooms open one way, workbench <- demos, so this is no import statement: the workbench needs nothing
+    # of the page, and only this command starts it. The import test allows this one line.
     importlib.import_module("demos.app").main(model=model, host=host, port=port)
 
 
@@ -95,7 +99,7 @@ def study_evaluate(
     model: Model = "study",
     scenes: Annotated[int, typer.Option(help="scenes for each family, from seeds never trained on")] = 500,
     family: Annotated[list[str] | None, typer.Option(help="only this family; repeat it for several")] = None,
-    split: Annotated[str, typer.Option(help="'report' for published figures, 'choose' for decisions")] = "report",
+    split: Annotated[str, typer.Option(help="'report': published figures; 'choose': decisions")] = "report",
     thought_budget: Budget = None,
     json: Annotated[Path | None, typer.Option(help="also write the numbers to this file")] = None,
 ) -> None:
@@ -114,7 +118,7 @@ def study_evaluate(
 
 @study.command("train")
 def study_train(
-    out: Annotated[Path, typer.Option(help="a run's folder; a run that is there goes on")] = Path("runs/study"),
+    out: Annotated[Path, typer.Option(help="a run's folder; one that is there goes on")] = Path("runs/study"),
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the weights and the scenes")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="processes that share the work")] = 2,
     save_every: Annotated[int, typer.Option(min=1, help="steps from one saving to the next")] = 100,
@@ -128,7 +132,7 @@ def study_train(
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; the exit code. The one place where an error of the user's becomes a sentence.
 
-    Bad input of every kind is one line on stderr and exit code 2. KIMI_VL_TRACEBACK=1 shows where it came from.
+    Bad input of every kind is one line on stderr and exit code 2. KIMI_VL_TRACEBACK=1 shows where from.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

@@ -238,7 +238,7 @@ class _Session:
             if output is not None:
                 keep = self.keeps[name]
                 if keep is None and not isinstance(value, Tensor):
-                    raise SiteError(f"{name} returns {type(value).__name__}, and a site returns one tensor; use keep= to pick it")
+                    raise SiteError(f"{name} returns {type(value).__name__}, not one tensor; use keep= to pick it")
                 output.append(value if keep is None else keep(value, name))
             return value if edits else None
 

@@ -8,15 +8,17 @@ decay.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kimi_vl_ref.model import KimiVL
+from kimi_vl_ref.moe import Choice
 
-# Embedding-like tables, routers and everything that is not a matrix go to AdamW, as in Moonlight.
-_TABLES = ("embedded.", "logits.", "vision.positions.", "vision.patches.", ".router.")
+# Embedding-like tables, routers, the eye's throw-away readers and everything that is not a matrix go to AdamW.
+_TABLES = ("embedded.", "logits.", "vision.positions.", "vision.patches.", ".router.", "heads.")
 # Parameters that hold several matrices side by side along their rows: each is orthogonalised by itself.
 _STACKED = {"attn.qkv.weight": 3, "experts.gate_up": 2}
 
@@ -34,7 +36,7 @@ class Slot:
 class MuonAdamW:
     """step(lr, lr_adamw) applies the gradients in `.grad`; `state()` and `load_state()` are for resuming."""
 
-    def __init__(self, parameters: dict[str, Tensor], momentum: float = 0.95, decay: float = 0.1):
+    def __init__(self, parameters: Mapping[str, Tensor], momentum: float = 0.95, decay: float = 0.1):
         self.momentum, self.decay, self.steps = momentum, decay, 0
         self.muon: list[Slot] = []
         self.adamw: list[Slot] = []
@@ -120,7 +122,7 @@ class Balancer:
     """
 
     def __init__(self, model: KimiVL):
-        self.choices = [layer.ffn.router.chosen for layer in model.decoder.layers if hasattr(layer.ffn, "router")]
+        self.choices = [module for module in model.modules() if isinstance(module, Choice)]
         self.loads = torch.zeros(len(self.choices), len(self.choices[0].bias))
         self.real: Tensor | None = None  # (B, T) bool
         self.hooks = [c.register_forward_hook(self._counter(i)) for i, c in enumerate(self.choices)]

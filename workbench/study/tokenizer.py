@@ -1,4 +1,4 @@
-"""Builds the study model's tokenizer: byte pairs learnt from its own small language, in the released layout of files."""
+"""Builds the study model's tokenizer: byte pairs learnt from its own small language, in the released layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import regex  # tiktoken depends on it; the standard library cannot express the pattern
 
-from kimi_vl_ref.chat import CLOSE_THOUGHT, OPEN_THOUGHT, SPLIT_PATTERN, Tokenizer
+from kimi_vl_ref.chat import DEFAULT_SYSTEM, SPLIT_PATTERN, Tokenizer
+from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
 
 # Offsets from the first special id, as in the released tokenizer; the other slots are reserved.
 SPECIAL_OFFSETS = {
@@ -31,17 +32,28 @@ SPECIAL_OFFSETS = {
     "[PAD]": 255,
 }
 
+# What stands around the texts in every conversation, and words that the families do not use yet: those come last and
+# fill the ranks that are left, so that the vocabulary keeps its size when a family is added.
+FRAME = ("system", "user", "assistant", "image", DEFAULT_SYSTEM, OPEN_THOUGHT, CLOSE_THOUGHT)
+SPARE = (
+    "more fewer frame first last moved up down sum plus carry bar chart largest smallest window button save open close "
+    "yes no black white grey dot line word letter answer question between inside outside before after same different "
+    "corner edge"
+)
+
 Pair = tuple[bytes, bytes]
 
 
 def build(folder: str | Path, texts: Iterable[str], n_ranks: int = 512) -> Tokenizer:
     """Learns ranks from `texts`, writes `tiktoken.model` and `tokenizer_config.json` into `folder`, returns the result.
 
-    The thought markers count as often as there are texts, so that their pieces are merged; they stay plain text.
+    The thought markers count as often as there are texts, so that their pieces are merged; they stay plain text. Raises
+    ValueError if the texts hold too few pairs for `n_ranks`, since the size of the vocabulary is fixed elsewhere.
     """
     texts = list(texts)
-    # Apart, and not in a row: what follows a marker decides which pieces it is cut into.
-    ranks = train_ranks([*texts, *[OPEN_THOUGHT, CLOSE_THOUGHT, "image"] * max(1, len(texts))], n_ranks)
+    ranks = train_ranks([*texts, *FRAME * len(texts), *SPARE.split()], n_ranks)
+    if len(ranks) < n_ranks:
+        raise ValueError(f"the texts fill only {len(ranks)} of {n_ranks} ranks; give more texts or ask for fewer ranks")
     tokenizer = Tokenizer(ranks, {len(ranks) + offset: name for name, offset in SPECIAL_OFFSETS.items()})
     tokenizer.save(folder)
     return tokenizer
@@ -50,8 +62,9 @@ def build(folder: str | Path, texts: Iterable[str], n_ranks: int = 512) -> Token
 def train_ranks(texts: Iterable[str], n_ranks: int, pattern: str = SPLIT_PATTERN) -> dict[bytes, int]:
     """The 256 bytes, then the most frequent pair of neighbours, merged again and again: bytes -> rank.
 
-    Pairs are counted inside the pieces that `pattern` cuts, numbers left out, so that every digit stays a token of its own.
-    Ties go to the smaller bytes. Fewer than `n_ranks` come back if the texts hold no more pairs. Raises ValueError.
+    Pairs are counted inside the pieces that `pattern` cuts, numbers left out, so that every digit stays a token of its
+    own. Ties go to the smaller bytes. Fewer than `n_ranks` come back if the texts hold no more pairs. ValueError below
+    256.
     """
     if n_ranks < 256:
         raise ValueError(f"n_ranks={n_ranks} leaves no room for the 256 single bytes; use 256 or more")

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from kimi_vl_ref.chat import Chat
@@ -189,11 +190,9 @@ class Run:
         self.model = new_model(seed)
         self.heads = EyeHeads(CONFIG)
         self.chat = Chat.from_folder(out / "release")
-        self.parameters = {n: p for n, p in self.model.named_parameters()}
-        heads = {f"heads.{n}": p for n, p in self.heads.named_parameters()}
-        self.optimiser = MuonAdamW(self.parameters | {n: p for n, p in heads.items() if p.ndim < 2})
-        # readers of labels are tables, not maps inside the model: AdamW for all of them
-        self.readers = torch.optim.AdamW([p for p in heads.values() if p.ndim >= 2], lr=2e-3, betas=(0.9, 0.95))
+        self.parameters = dict(self.model.named_parameters())
+        self.parameters |= {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        self.optimiser = MuonAdamW(self.parameters)
         self.balancer = Balancer(self.model)
         self.progress = Progress()
         self.resume()
@@ -285,8 +284,7 @@ class Run:
         log["norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
         rate = stage.rate_at(step)
         self.optimiser.step(rate, rate * stage.adamw_share)
-        self.readers.step()
-        for value in [*self.parameters.values(), *self.heads.parameters()]:
+        for value in self.parameters.values():
             value.grad = None
         if batch is not None:
             if self.ranks > 1:
@@ -299,7 +297,7 @@ class Run:
     def share_gradients(self) -> None:
         if self.ranks == 1:
             return
-        values = [v for v in [*self.parameters.values(), *self.heads.parameters()]]
+        values = list(self.parameters.values())
         flat = torch.cat([(v.grad if v.grad is not None else torch.zeros_like(v)).flatten() for v in values])
         dist.all_reduce(flat)
         flat /= self.ranks
@@ -322,8 +320,7 @@ def prepare(out: Path) -> None:
 def _work(rank: int, ranks: int, out: Path, seed: int, save_every: int) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
-        store = dist.FileStore(str(out / "rendezvous"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=ranks)
     Run(out, seed, rank, ranks).train(save_every)
     if ranks > 1:
         dist.destroy_process_group()
@@ -338,4 +335,4 @@ def main(out: str | Path = "runs/study", seed: int = 0, ranks: int = 2, save_eve
     if ranks == 1:
         _work(0, 1, out, seed, save_every)
     else:
-        torch.multiprocessing.spawn(_work, args=(ranks, out, seed, save_every), nprocs=ranks)
+        spawn(_work, args=(ranks, out, seed, save_every), nprocs=ranks)

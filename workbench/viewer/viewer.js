@@ -25,24 +25,28 @@ function kimiViewer(host) {
         <details data-part="heat-table"><summary>Numbers as a table</summary><div class="scroll"></div></details>
       </div>
     </section>
-    <section class="words" aria-label="Conversation">
-      <h2>Conversation <i class="later">click a word, or use the arrow keys</i></h2>
+    <div class="middle"><section class="words" aria-label="Conversation">
+      <h2>Conversation <i class="later">click a word, or ← →</i></h2>
       <div class="strip" data-part="strip" role="listbox" aria-multiselectable="true" aria-label="Words of the conversation" tabindex="0"></div>
       <p class="note" data-part="note"></p>
       <div class="later">
         <div class="controls">
           <div class="pick" role="group" aria-label="Which moment is shown" data-part="sides"></div>
-          <label><input type="checkbox" data-part="template"> template</label>
+          <label><input type="checkbox" data-part="template"> template words</label>
         </div>
-        <h2 class="next">Along the reply <i data-part="track-word"></i></h2>
-        <canvas class="wide" data-part="tracks" role="img"></canvas>
-        <details data-part="track-table"><summary>Numbers as a table</summary><div class="scroll"></div></details>
-        <h2 class="next">Which heads read the picture <i data-part="head-word"></i></h2>
-        <canvas class="wide" data-part="heads" role="img"></canvas>
-        <div class="scale"><span>0</span><div class="bar" data-part="head-bar"></div><span>100% of its attention</span></div>
-        <details data-part="head-table"><summary>Numbers as a table</summary><div class="scroll"></div></details>
       </div>
     </section>
+    <section class="along later" aria-label="Along the reply, and heads">
+        <h2>Along the reply <i>0 to 100%</i></h2>
+        <canvas class="wide" data-part="tracks" role="img"></canvas>
+        <p class="note" data-part="track-word"></p>
+        <details data-part="track-table"><summary>Numbers as a table</summary><div class="scroll"></div></details>
+        <h2 class="next">Which heads read the picture</h2>
+        <canvas class="wide" data-part="heads" role="img"></canvas>
+        <div class="scale"><span>0</span><div class="bar" data-part="head-bar"></div><span>100% of its attention</span></div>
+        <p class="note" data-part="head-word"></p>
+        <details data-part="head-table"><summary>Numbers as a table</summary><div class="scroll"></div></details>
+    </section></div>
     <section class="inside" aria-label="Experts">
       <h2>Experts <i class="later" data-part="expert-words"></i></h2>
       <p class="soon">Which experts worked appears when the reply is complete.</p>
@@ -99,7 +103,10 @@ function kimiViewer(host) {
     draw.textBaseline = "middle";
     return draw;
   }
-  const roomFor = (canvas) => Math.max(60, canvas.parentElement.clientWidth);
+  function roomFor(canvas) {
+    const box = getComputedStyle(canvas.parentElement);
+    return Math.max(60, canvas.parentElement.clientWidth - parseFloat(box.paddingLeft) - parseFloat(box.paddingRight));
+  }
   function table(head, rows, mark = () => "") {
     const made = make("table"), top = made.createTHead().insertRow(), body = made.createTBody();
     for (const text of head) top.append(Object.assign(make("th", "", text), { scope: "col" }));
@@ -234,16 +241,15 @@ function kimiViewer(host) {
     run.words.role.forEach((role, w) => {
       if (role === "thought" || role === "answer") turn = role;
       const text = run.words.text[w], tok = make("span", "tok");
-      // the blank before a word becomes a margin, so that the mark of the selection hugs the word
+      // the blank before a word stays outside it, so that the mark of the selection hugs the word
       const blank = /^ \S/.test(text);
       tok.textContent = blank ? text.slice(1) : text.replace(/\n/g, "⏎\n") || "∅";
-      tok.classList.toggle("gap", blank);
       tok.classList.toggle("template", isTemplate(w));
       tok.classList.toggle("off", rowOf(w, "read") < 0 && rowOf(w, "write") < 0);
       tok.id = `word-${w}`;
       tok.dataset.word = w;
       tok.setAttribute("role", "option");
-      turns[turn].append(tok);
+      turns[turn].append(blank ? " " : "", tok);
     });
     for (const [name, box] of Object.entries(turns)) {
       const empty = ![...box.children].some((tok) => !tok.classList.contains("template"));
@@ -287,22 +293,21 @@ function kimiViewer(host) {
     const g = geometry(), room = roomFor(canvas), scale = Math.min(room / g.padded[0], 400 / g.padded[1]);
     const [width, height] = [g.padded[0] * scale, g.padded[1] * scale];
     const draw = sized(canvas, width, height);
-    say("size", `${g.original[0]} × ${g.original[1]} px, ${g.grid[1]} × ${g.grid[0]} patches, ${g.tokens} tokens`);
-    draw.fillStyle = isDark() ? "#000" : "#3a3f4a"; // the padding, black to the model
-    draw.fillRect(0, 0, width, height);
+    say("size", `${g.original[0]} × ${g.original[1]} px`);
+    drawPadding(draw, width, height);
     draw.imageSmoothingEnabled = g.resized[0] * 3 > width;
     const image = run.images[state.picture];
     if (image.naturalWidth) draw.drawImage(image, -g.offset[0] * scale, -g.offset[1] * scale, g.resized[0] * scale, g.resized[1] * scale);
     if (run.kind === "run") {
       const values = heat(), top = scaleTop(), side = g.cell * scale;
       if (state.view === "heat") {
-        draw.fillStyle = isDark() ? "rgba(18,21,27,.42)" : "rgba(255,255,255,.38)";
+        draw.fillStyle = isDark() ? "rgba(18,21,27,.5)" : "rgba(255,255,255,.3)"; // so that colours of the map stand out
         draw.fillRect(0, 0, width, height);
       }
       for (let token = 0; token < g.tokens; token++) {
         const t = Math.min(1, values[g.first + token] / top);
         const x = (token % g.across) * side, y = Math.floor(token / g.across) * side;
-        if (state.view === "heat") draw.fillStyle = ramp(t, t < 0.02 ? 0 : 0.3 + 0.42 * t);
+        if (state.view === "heat") draw.fillStyle = ramp(0.1 + 0.9 * t, Math.min(1, t / 0.15) * (0.22 + 0.5 * t));
         else if (state.view === "spotlight") draw.fillStyle = `rgba(10,12,18,${0.8 * (1 - t)})`;
         else continue;
         draw.fillRect(x, y, side, side);
@@ -316,6 +321,15 @@ function kimiViewer(host) {
       draw.lineWidth = 2.5;
       draw.strokeRect((outlined % g.across) * g.cell * scale, Math.floor(outlined / g.across) * g.cell * scale, g.cell * scale, g.cell * scale);
     }
+  }
+  function drawPadding(draw, width, height) { // black to the model; hatched here, so that nobody takes it for picture
+    draw.fillStyle = colour("wash");
+    draw.fillRect(0, 0, width, height);
+    draw.strokeStyle = colour("line");
+    draw.lineWidth = 2;
+    draw.beginPath();
+    for (let x = -height; x < width; x += 8) { draw.moveTo(x, height); draw.lineTo(x + height, 0); }
+    draw.stroke();
   }
   function drawGrid(draw, g, scale) {
     const [columns, rows] = [g.grid[1], g.grid[0]], step = g.patch * scale;
@@ -348,7 +362,7 @@ function kimiViewer(host) {
     const layers = state.layer === "all" ? `mean of ${model.layers} layers` : `layer ${state.layer}`;
     const heads = run.averaged ? `mean of ${model.heads} heads` : state.head === "all" ? `${model.heads} heads` : `head ${state.head}`;
     const of = `Attention while ${moment()} ${describeSpan()}`;
-    say("heat-caption", `${of}: ${layers}, ${heads}. Share of each picture token; the scale is the same for all words.`);
+    say("heat-caption", `${of}, ${layers}, ${heads}: share of each picture token. One scale for all words.`);
     say("heat-top", `${percent(top)} or more`);
     part("heat-bar").style.background = state.view === "spotlight" ? "linear-gradient(90deg, #10131a, #aab1bd, #fff)" : gradient();
     const mass = mean(run.mass, rows, state.layer, state.head), groups = { picture: 0, question: 0, thought: 0, answer: 0, template: 0 };
@@ -371,7 +385,7 @@ function kimiViewer(host) {
     if (!run.pictures.length) return;
     const g = geometry(), best = [...values.slice(g.first, g.first + g.tokens)].reduce((b, v, i, all) => (v > all[b] ? i : b), 0);
     part("picture").setAttribute("aria-label", `${of}: most, ${percent(values[g.first + best])}, on ${placeOf(best, g)}. Arrow keys move over the picture tokens.`);
-    say("readout", state.token === null ? `Most on ${placeOf(best, g)}: ${percent(values[g.first + best])}. Point at a square for its number.` : `${capital(placeOf(state.token, g))}: ${percent(values[g.first + state.token])}`);
+    say("readout", state.token === null ? `${g.grid[1]} × ${g.grid[0]} patches, ${g.merge} × ${g.merge} to a token: ${g.tokens} tokens. Most on ${placeOf(best, g)}: ${percent(values[g.first + best])}.` : `${capital(placeOf(state.token, g))}: ${percent(values[g.first + state.token])}`);
     fillTable("heat-table", ["row", ...Array.from({ length: g.across }, (_, c) => `col ${c + 1}`)], Array.from({ length: g.down }, (_, r) =>
       [r + 1, ...Array.from({ length: g.across }, (_, c) => percent(values[g.first + r * g.across + c]))]));
   }
@@ -387,7 +401,7 @@ function kimiViewer(host) {
   const TRACKS = [["sure of the word", "faint", (w) => Math.exp(run.words.logprob[w] ?? -Infinity)],
     ["on the picture", "image", (w) => (rowOf(w) < 0 ? 0 : onPicture([rowOf(w)], state.layer, state.head))]];
   function drawTracks() {
-    const canvas = part("tracks"), words = written(), left = 98, room = roomFor(canvas), step = Math.min(26, (room - left) / Math.max(1, words.length));
+    const canvas = part("tracks"), words = written(), left = 104, room = roomFor(canvas), step = Math.min(48, (room - left) / Math.max(1, words.length));
     const draw = sized(canvas, room, 100), [a, b] = span(), values = TRACKS.map(([, , value]) => words.map(value));
     TRACKS.forEach(([name, ink], k) => {
       const base = 44 + 50 * k, tall = 36;
@@ -411,7 +425,7 @@ function kimiViewer(host) {
       draw.strokeRect(left + first * step, 2, (last - first + 1) * step, 96);
     }
     canvas.setAttribute("aria-label", "Two rows of bars, one bar for each written word: its probability, and its share of attention on the picture");
-    say("track-word", a === b && run.words.logprob[a] !== null ? `${quote(run.words.text[a])}: ${percent(Math.exp(run.words.logprob[a]))} sure, ${percent(onPicture(selectedRows(), state.layer, state.head))} on the picture` : "bars reach from 0 to 100%");
+    say("track-word", a === b && run.words.logprob[a] !== null ? `${quote(run.words.text[a])}: ${percent(Math.exp(run.words.logprob[a]))} sure, ${percent(onPicture(selectedRows(), state.layer, state.head))} on the picture.` : `${b - a + 1} words: ${percent(onPicture(selectedRows(), state.layer, state.head))} of their attention on the picture.`);
     canvas.pick = (x) => words[Math.max(0, Math.min(words.length - 1, Math.floor((x - left) / step)))];
     fillTable("track-table", ["word", "probability", "entropy (nats)", "on the picture"], words.map((w, i) =>
       [run.words.text[w].trim() || "␣", percent(values[0][i]), (run.words.entropy[w] ?? 0).toFixed(2), percent(values[1][i])]));
@@ -442,7 +456,7 @@ function kimiViewer(host) {
     canvas.pick = (x, y) => [Math.floor((y - top) / tall), Math.floor((x - left) / wide)];
     const all = shares.flat(), best = all.indexOf(Math.max(...all));
     const most = `layer ${Math.floor(best / columns)}, head ${best % columns}: ${percent(all[best])}`;
-    say("head-word", most);
+    say("head-word", `Most: ${most}. Click a cell to look through that head.`);
     canvas.setAttribute("aria-label", `Share of attention on the picture for each layer and head; most in ${most}`);
     fillTable("head-table", ["layer", ...shares[0].map((_, h) => `head ${h}`)], shares.map((line, l) => [l, ...line.map(percent)]));
   }

@@ -1,0 +1,146 @@
+"""The study model's trainer, and what its shipped checkpoint must be able to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kimi_vl_ref import load
+from kimi_vl_ref.images import PatchGrid
+from workbench.study import evaluate, families, train
+from workbench.study.batches import Mix, assistant_columns, conversation_batch, draw_scenes
+from workbench.study.eye import NO_OBJECT, cell_labels
+from workbench.study.optim import Balancer, MuonAdamW, as_matrices, orthogonalise
+from workbench.study.scenes import COLOURS, SHAPES, scene
+
+CHECKPOINT = Path(train.__file__).parent / "checkpoint"
+QUICK = (
+    train.Stage("eye", 3, Mix({"any": 1.0}, levels=("first",)), batch=4, rate=1e-3, warm=1, dense=1.0),
+    train.Stage("all", 3, Mix({"any": 1.0}, {"name": 1, "count": 1}, ("first",)), batch=4, rate=1e-3, warm=1, dense=0.1),
+)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return load("study")
+
+
+def test_orthogonalising_keeps_directions_and_levels_their_sizes():
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(3, 20, 20))
+    v, _ = torch.linalg.qr(torch.randn(3, 33, 20))
+    sizes = torch.logspace(0, -1, 20)
+    made = orthogonalise(u * sizes @ v.mT)
+    assert torch.linalg.svdvals(made).sub(1).abs().max() < 0.5  # five steps level the sizes roughly, as in Moonlight
+    assert (u.mT @ made @ v).diagonal(dim1=1, dim2=2).min() > 0.5  # each direction kept its partner
+
+
+def test_a_muon_step_has_the_size_of_an_adamw_step():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(64, 160))
+    weight.grad = torch.randn(64, 160)
+    MuonAdamW({"some.weight": weight}, decay=0.0).step(1.0, 1.0)
+    # an orthogonal 64 x 160 matrix has an RMS of 1/sqrt(160), which the factor 0.2 sqrt(160) brings to 0.2
+    assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+
+
+def test_stacked_parameters_are_orthogonalised_one_matrix_at_a_time():
+    assert as_matrices("x.attn.qkv.weight", torch.zeros(12, 4)).shape == (3, 4, 4)
+    assert as_matrices("x.experts.gate_up", torch.zeros(5, 6, 4)).shape == (10, 3, 4)
+    assert as_matrices("x.experts.down", torch.zeros(5, 4, 3)).shape == (5, 4, 3)
+
+
+def test_the_bias_of_a_busy_expert_sinks_and_of_an_idle_one_rises():
+    model = train.new_model(0)
+    balancer = Balancer(model)
+    balancer.loads += 10
+    balancer.loads[0, 3], balancer.loads[0, 5] = 50, 0
+    violation = balancer.update(0.01)
+    bias = balancer.choices[0].bias
+    assert bias[3] < 0 < bias[5] and violation[0] > 1
+    assert torch.equal(balancer.choices[1].bias, torch.zeros_like(bias)) and violation[1] == 0
+    assert balancer.loads.abs().sum() == 0
+    balancer.close()
+
+
+def test_the_rate_warms_up_and_falls_to_its_end():
+    stage = replace(train.STAGES[-1], steps=100, warm=10, rate=1.0, final_rate=0.0, decay_from=0.5)
+    assert stage.rate_at(0) == pytest.approx(0.1) and stage.rate_at(30) == 1.0
+    assert stage.rate_at(75) == pytest.approx(0.5) and stage.rate_at(99) == pytest.approx(0.02)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out in (whole, parts):
+        out.mkdir()
+        train.prepare(out)
+    train.Run(whole, 0, 0, 1, QUICK).train(save_every=100)
+    stopped = train.Run(parts, 0, 0, 1, QUICK)
+    for _ in range(2):
+        stopped.step(QUICK[0], 0)
+        stopped.progress.step += 1
+    stopped.save()
+    train.Run(parts, 0, 0, 1, QUICK).train(save_every=100)
+    one, other = (load_file(out / "state-2-0.safetensors") for out in (whole, parts))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_training_conversations_are_what_the_model_is_asked_later(study):
+    model, chat = study
+    mix = Mix({"objects": 1.0}, {"count": 1, "where": 1}, questions=2)
+    batch = conversation_batch(chat, mix, draw_scenes(mix, [5, 6, 7], 0.0))
+    pads = (batch.input_ids == model.config.media_placeholder_token_id).sum(1).tolist()
+    tokens = [h * w // 4 for h, w in batch.grids]
+    assert pads == [tokens[index] for index in batch.scene_of_row]
+    ids = batch.input_ids[0, : batch.lengths[0]].tolist()
+    written = [i for i, mine in zip(ids, assistant_columns(chat, ids), strict=True) if mine]
+    assert written[-1] == chat.tokenizer.special["<|im_end|>"]
+    text = chat.tokenizer.decode(written)
+    assert "im_user" not in text and "media" not in text
+    assert torch.equal(batch.supervised[0, : len(ids)], torch.from_numpy(assistant_columns(chat, ids)))
+
+
+def test_cell_labels_put_each_object_where_its_centre_is():
+    drawn = scene(11, "train", "full", "objects")
+    rows, columns = -(-drawn.size[1] // 28), -(-drawn.size[0] // 28)
+    centre, xy, _, _ = cell_labels(drawn, rows, columns)
+    grid = PatchGrid(drawn.size, drawn.size, (2 * rows, 2 * columns), 14, 2)
+    labelled = {}
+    for thing in drawn.objects:
+        cell = divmod(grid.token_at(*thing.centre), columns)
+        if centre[cell] >= 0:
+            assert centre[cell] == COLOURS.index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
+            assert xy[cell] == pytest.approx((thing.centre[0] / drawn.size[0], thing.centre[1] / drawn.size[1]))
+            labelled[cell] = thing
+    assert len(labelled) == ((centre != NO_OBJECT) & (centre >= 0)).sum()
+
+
+def test_the_shipped_checkpoint_beats_constant_answers_clearly(study):
+    """On scenes of the split "choose", so that the published figures stay those of scenes nobody looked at."""
+    model, chat = study
+    for family, margin in {"name": 0.4, "where": 0.35, "count": 0.3, "point": 0.3, "relation": 0.2}.items():
+        (score,) = evaluate.evaluate(model, chat, [family], scenes=60, split="choose")
+        assert score.accuracy > score.baseline + margin, score
+
+
+def test_the_model_card_quotes_the_recorded_figures():
+    card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((CHECKPOINT / "evaluation.json").read_text(encoding="utf-8"))
+    assert {f["family"] for f in figures} == set(families.FAMILIES)
+    scores = [evaluate.Score(**f) for f in figures]
+    assert evaluate.table(scores) in card
+    readme = (CHECKPOINT.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert evaluate.table(scores) in readme
+
+
+def test_wilson_intervals_behave_at_the_ends():
+    assert evaluate.wilson(0, 100)[0] == 0 and 0.03 < evaluate.wilson(0, 100)[1] < 0.05
+    low, high = evaluate.wilson(50, 100)
+    assert low == pytest.approx(0.404, abs=2e-3) and high == pytest.approx(0.596, abs=2e-3)
