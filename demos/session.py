@@ -1,4 +1,4 @@
-"""The one loaded model of a page and its visitors: one answer at a time, stopped by whoever asked for it."""
+"""The one loaded model of a page and its visitors: one answer at a time, stopped only by whoever asked for it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from workbench.runs import Run, record
 
 
 class Session:
-    """A model, its chat format and its name. Visitors wait for each other; `stop` ends only what that visitor asked."""
+    """A model, its chat format and its name for the page."""
 
     def __init__(self, model: KimiVL, chat: Chat, name: str):
         self.model, self.chat = model, chat
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
-        self.model_name = f"{name}, {size} parameters"
+        self.model_name = f"{name}, " + (f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M") + " parameters"
         self._busy = threading.Lock()
-        self._asking: dict[str, threading.Event] = {}  # visitor -> set when what they asked last should stop
+        self._asking: dict[str, threading.Event] = {}  # visitor -> to be set when what they asked last should stop
 
     @classmethod
     def load(cls, source: str = "study") -> Session:
-        """"study" or a checkpoint folder in the released layout, on a GPU if there is one. Raises CheckpointError."""
+        """From "study" or a checkpoint folder in the released layout, on a GPU if there is one. Raises ValueError."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, chat = load(source, device=device)
         return cls(model, chat, "study model" if source == "study" else checkpoint_folder(source).resolve().name)
@@ -41,41 +40,44 @@ class Session:
     def dtype(self) -> str:
         return str(self.model.logits.weight.dtype).removeprefix("torch.")
 
-    def picture(self, path: str | Path) -> Picture:
-        """An uploaded file as the model will see it. Raises ImageError without naming where the server keeps the file."""
-        image = open_image(Path(path).read_bytes())
+    def picture(self, source: Any) -> Picture:
+        """A file (given as a path) or a Pillow image, as the model will see it. Raises ImageError.
+
+        A file is read here, so that no sentence to a visitor names where the server keeps uploads.
+        """
+        image = open_image(Path(source).read_bytes() if isinstance(source, str | Path) else source)
         return Picture(image, self.chat.processor.grid(*image.size))
 
     def answer(
         self, visitor: str, picture: Picture | None, question: str, **settings: Any
     ) -> Iterator[Reply | Run | None]:
-        """Yields None while others are served, then the growing Reply, then the Run. Settings as for `record`.
+        """Yields None while others are served, then the growing Reply, then the Run; settings as for `record`.
 
-        A second call for the same visitor stops the first. Raises ValueError with a sentence for the visitor.
+        Asking again stops what the same visitor asked before. Raises ValueError with a sentence for the visitor.
         """
         if not question.strip():
             raise ValueError("The question is empty; write what you want to know about the picture.")
-        stopped = threading.Event()
-        self.stop(visitor)
-        self._asking[visitor] = stopped
         content: list[dict[str, Any]] = [{"type": "text", "text": question.strip()}]
         if picture is not None:
             content.insert(0, {"type": "image", "image": picture.image})
+        self.stop(visitor)
+        stopped = self._asking[visitor] = threading.Event()
         try:
             while not self._busy.acquire(timeout=0.2):
                 if stopped.is_set():
                     return
                 yield None
             try:
+                messages = [{"role": "user", "content": content}]
                 yield from record(
                     self.model,
                     self.chat,
-                    [{"role": "user", "content": content}],
+                    messages,
                     model_name=self.model_name,
                     should_stop=stopped.is_set,
                     **settings,
                 )
-            finally:  # also when the visitor has left and the generator is dropped
+            finally:  # also when the visitor has left and this generator is dropped
                 self._busy.release()
         finally:
             if self._asking.get(visitor) is stopped:
@@ -83,5 +85,5 @@ class Session:
 
     def stop(self, visitor: str) -> None:
         """What the visitor asked ends after the token that is being written, and keeps what was written."""
-        if visitor in self._asking:
-            self._asking[visitor].set()
+        if event := self._asking.get(visitor):
+            event.set()

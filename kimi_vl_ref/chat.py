@@ -56,7 +56,7 @@ CHAT_TEMPLATE = (
     "{{- '<|im_' + message['role'] + '|>' + message['role'] + '<|im_middle|>' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
     "{%- else -%}{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}"
+    "{%- if 'image' in part or 'image_url' in part or part['type'] == 'image' -%}"
     "<|media_start|>image<|media_content|><|media_pad|><|media_end|>"
     "{%- else -%}{{- part['text'] -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"

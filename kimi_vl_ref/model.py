@@ -57,6 +57,8 @@ class KimiVL(nn.Module):
         14) with image_grid_hws (pictures, 2) in the order in which the placeholders stand, row after row. With a cache
         the rows go on where they stopped. Raises ValueError when placeholders and pictures do not match.
         """
+        if (pixel_values is None) != (image_grid_hws is None):
+            raise ValueError("pixel_values and image_grid_hws belong together; give both, or neither for text alone")
         visual = None
         if pixel_values is not None and image_grid_hws is not None:
             visual = self.see(pixel_values, image_grid_hws)
@@ -65,7 +67,14 @@ class KimiVL(nn.Module):
 
     def see(self, pixel_values: Tensor, image_grid_hws: Tensor) -> Tensor:
         """Pictures -> visual tokens (N/4, D), picture after picture, row-major inside each."""
-        grids: Grids = [(h, w) for h, w in image_grid_hws.tolist()]
+        grids: Grids = [(int(h), int(w)) for h, w in image_grid_hws.tolist()]
+        down, across = self.config.vision.merge_kernel_size
+        for h, w in grids:
+            if h < 1 or w < 1 or h % down or w % across:
+                raise ValueError(
+                    f"a grid of {h} x {w} patches does not divide into cells of {down} x {across}; "
+                    "take it from the image processor, which pads pictures to whole cells"
+                )
         if sum(h * w for h, w in grids) != len(pixel_values):
             raise ValueError(
                 f"the grids {grids} make {sum(h * w for h, w in grids)} patches, but pixel_values holds "

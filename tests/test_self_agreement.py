@@ -225,6 +225,17 @@ def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1), lengths
 
 
+def test_pictures_and_placeholders_must_match() -> None:
+    """Too few or too many placeholders, and grids that are not those of the patches, each said in a sentence."""
+    model, rows = ragged_rows(200, torch.float32)
+    (ids, pixels, grids), (no_pictures, _, _) = rows[0], rows[1]
+    for wrong in (ids[1:3], torch.cat([ids, ids[1:2]]), no_pictures):
+        with pytest.raises(ValueError, match=r"placeholders but the pictures make 10 visual tokens"):
+            model(wrong[None], pixels, grids)
+    with pytest.raises(ValueError, match=r"make 24 patches, but pixel_values holds 40"):
+        model(ids[None], pixels, grids[:1])
+
+
 # --- precision ----------------------------------------------------------------------------------------------
 
 

@@ -1,103 +1,164 @@
-"""Pictures of what was measured: arrays or a Run in, a matplotlib Figure out. Nothing is shown or kept open.
+"""Arrays in, matplotlib Figures out. Every figure names the model that its numbers come from.
 
-Every figure names the weights it came from and prints the range of its colours; scales are fixed, not stretched to each map.
+Figures are made without pyplot, so nothing global changes and nothing has to be closed. Scales are fixed by the caller or by
+what is shown, start at zero and are drawn; the colour map is perceptually even and safe for colour-blind readers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image, ImageOps
 
-from kimi_vl_ref.images import Picture
+if TYPE_CHECKING:
+    from kimi_vl_ref.images import PatchGrid, Picture
 
-from .runs import Run
+    from .runs import Run
 
-# light to dark, even steps to the eye, safe for colour-blind readers; starts transparent so that a picture shows through
-_STOPS = [(0.0, "#fcfdbf00"), (0.15, "#fec98d70"), (0.4, "#fa7f5eb0"), (0.65, "#b63679d0"), (0.85, "#6a176ee0"), (1.0, "#1c1044f0")]
-HEAT = LinearSegmentedColormap.from_list("heat", _STOPS)
-_SHARE = LinearSegmentedColormap.from_list("share", ["#ffffff", "#fec98d", "#fa7f5e", "#b63679", "#6a176e", "#1c1044"])
+COLOURS = "magma"
+STRENGTH = 0.75  # how opaque the heat lies on the grey picture; the colour bar is drawn the same way
+SHOWN_SIDE = 1200  # pixels; a larger picture is drawn smaller
+LINES = 80  # patches across above which patch lines would hide the picture
 
 
-def picture_heat(picture: Picture, heat: np.ndarray, *, vmax: float = 0.2, title: str = "", weights: str = "") -> Figure:
-    """A picture under its visual-token grid, coloured by `heat` (rows, columns) on the fixed scale 0 to vmax.
+def picture_heat(picture: Picture, heat: Any, *, vmax: float | None = None, title: str = "", model_name: str) -> Figure:
+    """The picture with its grid, and beside it one value a visual token, laid over the picture in grey.
 
-    Cells lie where the patches lie, native resolution and padding included; only the part over the picture is drawn.
+    heat (rows, columns) of the picture's visual tokens, such as `Run.heat`. Colours run from 0 to `vmax` (default: the
+    largest value); to compare figures, give them the same. Raises ValueError for a heat of another shape.
     """
-    grid = picture.grid
-    heat = np.asarray(heat, dtype=np.float32)
-    if heat.shape != grid.token_grid:
-        raise ValueError(f"the heat is {heat.shape}, the picture's visual tokens are {grid.token_grid}; use PatchGrid.token_heat")
+    grid, values = picture.grid, np.asarray(heat, np.float32)
+    if values.shape != grid.token_grid:
+        raise ValueError(f"a heat of shape {values.shape} does not fit a picture of {grid.token_grid} visual tokens (rows, columns)")
+    scale = _scale(values, vmax)
+    image = picture.image.copy()
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     width, height = grid.original
-    figure = Figure(figsize=(5.2, 5.2 * height / width * 0.86 + 0.9), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(np.asarray(picture.image), extent=(0, width, height, 0), interpolation="nearest")
-    across = grid.patch_size * grid.merge * width / grid.resized[0]  # one token, in pixels of the original
-    down = grid.patch_size * grid.merge * height / grid.resized[1]
-    left, top = (-grid.offset[axis] * grid.original[axis] / grid.resized[axis] for axis in (0, 1))
+    tall = float(np.clip(4.3 * height / width, 1.6, 7))
+    figure = Figure(figsize=(10, tall + 1.0), layout="constrained")
+    seen, hot = figure.subplots(1, 2)
+    _show(seen, image, grid)
+    _show(hot, _faint(image), grid)
+    mesh = hot.pcolormesh(*_edges(grid), values, norm=scale, cmap=COLOURS, alpha=STRENGTH, linewidth=0, rasterized=True)
     rows, columns = grid.token_grid
-    extent = (-left, -left + columns * across, -top + rows * down, -top)
-    shown = axes.imshow(heat, cmap=HEAT, vmin=0, vmax=vmax, extent=extent, interpolation="nearest")
-    axes.set(xlim=(0, width), ylim=(height, 0), title=title)
-    axes.set_xticks(np.arange(columns + 1) * across - left, labels=[])
-    axes.set_yticks(np.arange(rows + 1) * down - top, labels=[])
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-    axes.grid(color="#1d2430", alpha=0.18, linewidth=0.6)
-    axes.tick_params(length=0)
-    bar = figure.colorbar(shown, ax=axes, orientation="horizontal", shrink=0.9, pad=0.02)
-    bar.set_label("share of attention on one visual token" + (f"\n{weights}" if weights else ""), fontsize=8)
-    return figure
+    seen.set_title(f"{width} x {height} pixels, {rows} x {columns} visual tokens", fontsize=9)
+    hot.set_title("one colour a visual token", fontsize=9)
+    _bar(figure, mesh, hot, "attention", above=bool(values.size) and float(values.max()) > float(scale.vmax or 0))
+    return _named(figure, title, model_name)
 
 
-def expert_shares(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-    """For each routed layer, the share of these positions that chose each expert: (L_moe, E); a row sums to K."""
-    positions = np.asarray(positions, dtype=int)
-    if positions.size == 0:
-        raise ValueError("no positions are chosen; take some, such as run.positions('answer')")
-    chosen = run.chosen[:, positions].astype(int)  # (L_moe, n, K)
-    counts = np.stack([np.bincount(layer.ravel(), minlength=run.n_experts) for layer in chosen])
-    return counts / positions.size
+def attention_heat(
+    run: Run,
+    position: int,
+    *,
+    picture: int = 0,
+    layer: int | None = None,
+    head: int | None = None,
+    vmax: float | None = None,
+) -> Figure:
+    """`picture_heat` of one attention row of a run: what position t read while token t+1 was predicted."""
+    where = ["all layers" if layer is None else f"layer {layer}", "all heads" if head is None else f"head {head}"]
+    title = f"Attention of row {position} {run.texts[position]!r} on picture {picture}; {', '.join(where)}"
+    heat = run.heat(position, picture, layer, head)
+    return picture_heat(run.pictures[picture], heat, vmax=vmax, title=title, model_name=run.model_name)
 
 
-def expert_load(run: Run, positions: Sequence[int] | np.ndarray, *, title: str = "") -> Figure:
-    """Layer x expert: which experts served these positions. The line on the colour bar is what chance would give, K / E."""
-    shares = expert_shares(run, positions)
-    chance = run.chosen.shape[2] / run.n_experts
-    layers = len(run.moe_layers)
-    figure = Figure(figsize=(6.4, 0.42 * layers + 1.6), layout="constrained")
+def expert_share(run: Run, positions: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """How many of the tokens at these positions (default: all) chose each expert: (L_moe, E) shares in [0, 1]."""
+    chosen = run.chosen if positions is None else run.chosen[:, _positions(run, positions)]  # (L_moe, N, K)
+    ids = np.arange(run.n_experts)
+    return np.stack([(layer[..., None] == ids).any(1).mean(0) for layer in chosen]).astype(np.float32)
+
+
+def expert_load(
+    run: Run, positions: Sequence[int] | np.ndarray | None = None, *, vmax: float | None = None, title: str = ""
+) -> Figure:
+    """Layer by expert: the share of the tokens at these positions (default: all) that chose the expert.
+
+    A row adds up to K, since every token chooses K experts; chance is K/E, and the colour bar marks it.
+    """
+    share = expert_share(run, positions)
+    top_k = run.chosen.shape[2]
+    count = run.chosen.shape[1] if positions is None else len(_positions(run, positions))
+    figure = Figure(figsize=(min(12, 3.5 + 0.14 * run.n_experts), 2.0 + 0.18 * len(share)), layout="constrained")
     axes = figure.subplots()
-    shown = axes.imshow(shares, cmap=_SHARE, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(layers), labels=[f"layer {i}" for i in run.moe_layers])
-    axes.set_xticks(range(0, run.n_experts, max(1, run.n_experts // 16)))
-    axes.set_xticks(np.arange(run.n_experts + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="#e3e5ea", linewidth=0.8)
-    axes.tick_params(which="both", length=0)
-    axes.set(xlabel="expert", title=title or f"experts of {len(np.asarray(positions))} tokens")
-    bar = figure.colorbar(shown, ax=axes, shrink=0.95, pad=0.02)
-    bar.ax.axhline(chance, color="#2f5fd0", linewidth=2)
-    bar.set_label(f"share of the tokens (chance {chance:.0%})", fontsize=8)
-    figure.supxlabel(run.model_name, fontsize=8, color="#5d6675")
-    return figure
+    scale = _scale(share, vmax)
+    image = axes.imshow(share, norm=scale, cmap=COLOURS, aspect="auto", interpolation="nearest")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("decoder layer")
+    ticks = np.unique(np.linspace(0, len(share) - 1, min(len(share), 14)).round().astype(int))
+    axes.set_yticks(ticks, [str(run.moe_layers[at]) for at in ticks])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    bar = _bar(figure, image, axes, "share of tokens", above=float(share.max()) > float(scale.vmax or 0))
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    chance = top_k / run.n_experts
+    if chance < float(scale.vmax or 0):
+        bar.ax.axhline(chance, color="white", linewidth=3)
+        bar.ax.axhline(chance, color="black", linewidth=1.2)
+    name = f"{title or 'Experts chosen'}, {count} tokens; by chance {chance:.1%} each ({top_k} of {run.n_experts})"
+    return _named(figure, name, run.model_name)
 
 
-def training_curve(log: Sequence[dict[str, Any]], *, title: str = "") -> Figure:
-    """The loss on the assistant's words and the dense accuracies over scenes seen, from a training log."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    words = [(line["scenes"], line["words"]) for line in log if "words" in line]
-    if words:
-        left.semilogy(*zip(*words, strict=True), color="#2f5fd0", linewidth=1)
-    left.set(xlabel="scenes", title="loss on the assistant's words (nats a token)")
-    for name, colour in (("centre_object_acc", "#0f8a7e"), ("digits_acc", "#b0610a"), ("zone_acc", "#8c2f6b")):
-        points = [(line["scenes"], line[name]) for line in log if name in line]
-        if points:
-            right.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=name.removesuffix("_acc"))
-    right.set(xlabel="scenes", title="dense heads, share right", ylim=(0, 1.02))
-    right.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=9)
+def _positions(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+    chosen = np.asarray(positions, np.int64).reshape(-1)
+    if not len(chosen):
+        raise ValueError("there are no positions to count experts over; give at least one")
+    outside = chosen[(chosen < 0) | (chosen >= len(run.token_ids))]
+    if len(outside):
+        raise ValueError(f"position {outside[0]} does not exist; the run has positions 0 to {len(run.token_ids) - 1}")
+    return chosen
+
+
+def _scale(values: np.ndarray, vmax: float | None) -> Normalize:
+    if vmax is not None and not vmax > 0:
+        raise ValueError(f"vmax={vmax} leaves no scale; give a number above 0")
+    largest = float(np.nanmax(values)) if values.size else 0.0
+    return Normalize(0, vmax if vmax is not None else (largest or 1.0))
+
+
+def _show(axes: Axes, image: Image.Image, grid: PatchGrid) -> None:
+    """A picture in its own pixel coordinates, with thin patch lines and stronger lines between visual tokens."""
+    width, height = grid.original
+    axes.imshow(np.asarray(image), extent=(0, width, height, 0), interpolation="bilinear", cmap="gray", vmin=0, vmax=255)
+    x, y = _edges(grid)
+    for lines, across, other in ((x, axes.vlines, height), (y, axes.hlines, width)):
+        if len(lines) <= LINES:
+            across(lines, 0, other, color="white", linewidth=0.6, alpha=0.55)
+        if len(lines) <= LINES // 2:
+            patches = (lines[:-1, None] + np.diff(lines)[:, None] * np.arange(1, grid.merge) / grid.merge).ravel()
+            across(patches, 0, other, color="white", linewidth=0.3, alpha=0.35)
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+
+
+def _edges(grid: PatchGrid) -> tuple[np.ndarray, np.ndarray]:
+    """x (columns + 1) and y (rows + 1) between visual tokens, in pixels of the picture; the last ones end at its border."""
+    rows, columns = grid.token_grid
+    across = [grid.token_box(column) for column in range(columns)]
+    down = [grid.token_box(row * columns) for row in range(rows)]
+    x = [box[0] for box in across if box] + [box[2] for box in across if box][-1:]
+    y = [box[1] for box in down if box] + [box[3] for box in down if box][-1:]
+    return np.array(x), np.array(y)
+
+
+def _faint(image: Image.Image) -> Image.Image:
+    """Grey, with the contrast of the middle tones only, so that the colours on it are those of the bar."""
+    return ImageOps.grayscale(image).point(lambda value: 80 + value * 0.5)
+
+
+def _bar(figure: Figure, drawn: Any, axes: Axes, label: str, *, above: bool) -> Any:
+    bar = figure.colorbar(drawn, ax=axes, label=label, extend="max" if above else "neither", fraction=0.05, pad=0.02)
+    bar.ax.set_facecolor("0.55")
+    return bar
+
+
+def _named(figure: Figure, title: str, model_name: str) -> Figure:
+    if title:
+        figure.suptitle(title.replace("$", r"\$"), fontsize=11)
+    figure.supxlabel(model_name.replace("$", r"\$"), fontsize=8, color="0.35")
     return figure

@@ -142,7 +142,7 @@ class Run:
             parts: dict[str, Any] = json.loads(text) | arrays
             pictures = []
             for number, grid in enumerate(parts["pictures"]):
-                geometry: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in grid.items()}
+                geometry: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in grid.items()}
                 pictures.append(Picture(open_image(parts.pop(f"picture {number}").tobytes()), PatchGrid(**geometry)))
             run = cls(**{**parts, "pictures": pictures})
             run.check()

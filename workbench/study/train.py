@@ -71,6 +71,12 @@ CONFIG = KimiVLConfig(
     media_placeholder_token_id=N_RANKS + 21,
     torch_dtype="float32",
 )
+FRAME = ["system", "user", "assistant", "image", "You are a helpful assistant"]  # words of the chat format itself
+# Words that no family uses yet, so that the language can grow without a new vocabulary.
+SPARE_WORDS = (
+    "more fewer frame first last moved up down sum plus carry bar chart largest window button save open yes no "
+    "black white dot line word letter answer"
+)
 PREPROCESSOR = {
     "image_processor_type": "KimiVLImageProcessor",
     "in_token_limit": 4096,
@@ -239,7 +245,7 @@ class Run:
                 bar.update()
                 if self.progress.step % 20 == 0 and self.rank == 0:
                     bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in log.items()))
-                    self.record({"stage": stage.name, **vars(self.progress), **log})
+                    self.record({**vars(self.progress), "stage": stage.name, **log})
                 if self.progress.step % save_every == 0:
                     self.save()
             bar.close()
@@ -311,7 +317,8 @@ def prepare(out: Path) -> None:
     release = out / "release"
     if not (release / "tiktoken.model").exists():
         release.mkdir(parents=True, exist_ok=True)
-        tokenizer.build(release, families.corpus(4000), N_RANKS)
+        built = tokenizer.build(release, [*families.corpus(2000), *FRAME * 2000, SPARE_WORDS], N_RANKS)
+        assert built.vocab_size == CONFIG.text.vocab_size
         (release / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
         generation = {"eos_token_id": [CONFIG.text.eos_token_id, N_RANKS + 2], "temperature": 0.0}
         (release / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

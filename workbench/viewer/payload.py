@@ -85,7 +85,7 @@ def payload(run: Run, *, truth: dict[str, Any] | None = None, note: str = "") ->
 
 
 def progress(
-    question: str, pictures: Sequence[Picture], thought: str = "", answer: str = "", *, model: str, device: str, note: str
+    pictures: Sequence[Picture], *, question: str, model: str, device: str, thought: str = "", answer: str = "", note: str = ""
 ) -> dict[str, Any]:
     """What the viewer shows while an answer is being written: the picture with its grid, and the text so far."""
     return {
@@ -100,11 +100,12 @@ def progress(
     }
 
 
-def standalone(run: Run, *, title: str = "A run of Kimi-VL", truth: dict[str, Any] | None = None) -> str:
-    """The viewer and one run as a single HTML file that opens from disk, without Python and without a network."""
+def standalone(run: Run | dict[str, Any], *, title: str = "Kimi-VL Workbench") -> str:
+    """The viewer and one run (or its payload) as a single HTML file that opens from disk, without Python or a network."""
+    data = run if isinstance(run, dict) else payload(run)
     # "<" would let a question end the script element; as an escape it is the same JSON
-    data = json.dumps(payload(run, truth=truth), separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"TITLE": html.escape(title), "SCRIPT": source("viewer.js"), "DATA": data}
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {"TITLE": html.escape(title), "SCRIPT": source("viewer.js"), "DATA": text}
     return re.sub("@(TITLE|SCRIPT|DATA)@", lambda found: parts[found[1]], source("viewer.html"))
 
 

@@ -69,6 +69,7 @@ function kimiViewer(host) {
   const part = (name) => root.querySelector(`[data-part="${name}"]`);
   const state = { from: 0, to: 0, layer: "all", head: "all", tableLayer: 0, view: "heat", side: "write", picture: 0, token: null, expert: null };
   let run = null; // what `open` makes of a payload
+  let finished = null; // the last payload of a run
   let latest = 0; // a slow decode must not overwrite a newer run
 
   // ---- small helpers ----------------------------------------------------------------------------------------------
@@ -567,7 +568,9 @@ function kimiViewer(host) {
   }
   async function show(payload) {
     const turn = ++latest;
+    if (payload?.kind === "none") payload = finished; // nothing came of it: back to the last run
     if (!payload) return;
+    if (payload.kind === "run") finished = payload;
     const known = run && JSON.stringify(run.pictures) === JSON.stringify(payload.pictures);
     const [opened, loaded] = await Promise.all([payload.kind === "run" ? open(payload) : payload, known ? run.images : images(payload)]);
     if (turn !== latest) return;

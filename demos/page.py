@@ -1,0 +1,161 @@
+"""What happens on the page: drawing scenes, checking uploads, answering, and telling every error in one sentence."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from kimi_vl_ref import Reply
+from kimi_vl_ref.images import ImageError, Picture
+from workbench.runs import Run
+from workbench.study.families import Question, make
+from workbench.study.scenes import Scene
+from workbench.viewer import payload, progress, standalone
+
+from .session import Session
+
+# Family and seed of the scenes that are ready to be asked about; the page opens on the first. The model was never
+# trained on any of them.
+EXAMPLES = [("count", 2), ("point", 4), ("where", 1), ("read", 8), ("relation", 2), ("name", 0)]
+SIZES = {
+    "any, up to 8 things": "full",
+    "up to 168 px, 6 things": "third",
+    "up to 140 px, 4 things": "second",
+    "up to 112 px, 2 things": "first",
+}
+LARGEST_SEED = 2**31 - 1
+FRAME = 0.05  # seconds between two updates of a text that is being written
+
+Drawn = tuple[str, int, str]  # family, seed and level: what it takes to draw a scene and its question again
+
+
+def scene_of(drawn: Drawn) -> tuple[Scene, Question]:
+    family, seed, level = drawn
+    return make(family, seed, level=level)
+
+
+def draw(family: str, seed: float | None, size: str) -> tuple[Any, str, Drawn]:
+    """(picture, question, what was drawn); the true answer follows from the last."""
+    drawn = family, min(abs(int(seed or 0)), LARGEST_SEED), SIZES[size]
+    try:
+        scene, question = scene_of(drawn)
+    except ValueError as error:
+        raise toast(error) from error
+    return scene.image, question.text, drawn
+
+
+def truth(drawn: Drawn | None, picture: Picture | None, asked: str, answer: str) -> dict[str, Any] | None:
+    """{"answer", "right"}; None where the truth is not known: own pictures, and questions that are not the scene's own."""
+    if drawn is None or picture is None:
+        return None
+    scene, question = scene_of(drawn)
+    if asked.strip() != question.text or picture.image.tobytes() != scene.image.tobytes():
+        return None
+    return {"answer": question.answer, "right": question.check(answer)}
+
+
+def sentence(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text[0].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def toast(error: Exception) -> gr.Error:
+    """One sentence for the visitor. What is no fault of theirs also leaves its traceback in the terminal."""
+    if isinstance(error, ImageError):
+        return gr.Error(sentence(error), title="This picture cannot be used", print_exception=False)
+    if isinstance(error, ValueError):
+        return gr.Error(sentence(error), title="This cannot be done", print_exception=False)
+    return gr.Error(f"The model could not answer: {sentence(error)} Ask again, or try a smaller picture.", title="It failed")
+
+
+class Page:
+    """What the events of a page do with its session. Each method gives the values of its event's outputs."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self._opening: dict[str, Any] | None = None
+        self._opening_lock = threading.Lock()
+
+    def check(self, upload: str | None) -> None:
+        """Raises the toast for a file that no question could be asked about."""
+        try:
+            if upload is not None:
+                self.session.picture(upload)
+        except Exception as error:
+            raise toast(error) from error
+
+    def ask(
+        self,
+        upload: str | None,
+        question: str,
+        drawn: Drawn | None,
+        temperature: float,
+        budget: float | None,
+        longest: float,
+        seed: float | None,
+        request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Streams (viewer, ask button, stop button, keep button). On an error the viewer goes back to the last run."""
+        working = gr.Button(interactive=False), gr.Button(interactive=True), gr.skip()
+        idle = gr.Button(interactive=True), gr.Button(interactive=False)
+        try:
+            picture = None if upload is None else self.session.picture(upload)
+            answering = self.session.answer(
+                str(request.session_hash),
+                picture,
+                question,
+                temperature=float(temperature),
+                thought_budget=None if budget is None else int(budget),
+                max_new_tokens=int(longest),
+                seed=None if seed is None else int(seed),
+            )
+            known = {"model": self.session.model_name, "device": self.session.device, "question": question.strip()}
+            so_far = progress([picture] if picture else [], note="Reading the picture and the question…", **known)
+            if question.strip():
+                yield so_far, *working
+            shown = 0.0
+            for item in answering:
+                if isinstance(item, Run):
+                    yield self._finished(item, drawn, picture, *idle)
+                    return
+                if isinstance(item, Reply):
+                    so_far |= {"thought": item.thought, "answer": item.answer, "note": ""}
+                else:
+                    so_far |= {"note": "Waiting while somebody else is being answered…"}
+                if time.monotonic() - shown > FRAME:
+                    shown = time.monotonic()
+                    yield so_far, *working
+            yield {"kind": "none"}, *idle, gr.skip()  # stopped while waiting
+        except Exception as error:
+            yield {"kind": "none"}, *idle, gr.skip()
+            raise toast(error) from error
+
+    def _finished(self, run: Run, drawn: Drawn | None, picture: Picture | None, *buttons: Any) -> tuple[Any, ...]:
+        note = "" if run.finished else "Cut off: it was stopped, or reached the longest reply."
+        shown = payload(run, truth=truth(drawn, picture, run.question, run.answer), note=note)
+        folder = Path(tempfile.mkdtemp(prefix="kimi-vl-"))  # Gradio copies the file to its cache, and clears that
+        kept = folder / "kimi-vl-run.html"
+        kept.write_text(standalone(shown), encoding="utf-8")
+        return shown, *buttons, gr.DownloadButton(value=kept, interactive=True)
+
+    def opening(self) -> dict[str, Any] | None:
+        """The finished example that the page opens on, computed once for all visitors."""
+        with self._opening_lock:
+            if self._opening is None:
+                drawn = (*EXAMPLES[0], "full")
+                scene, question = scene_of(drawn)
+                picture = self.session.picture(scene.image)
+                for item in self.session.answer("the opening", picture, question.text, max_new_tokens=128):
+                    if isinstance(item, Run):
+                        known = truth(drawn, picture, question.text, item.answer)
+                        self._opening = payload(item, truth=known)
+        return self._opening
+
+    def stop(self, request: gr.Request) -> None:
+        self.session.stop(str(request.session_hash))
