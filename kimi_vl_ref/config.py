@@ -254,7 +254,7 @@ def _check_sizes(config: KimiVLConfig, source: str) -> None:
             may_be_zero = key in ("first_k_dense_replace", "bos_token_id", "eos_token_id", "pad_token_id")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             # Python reads NaN and Infinity from JSON as well
-            if number and not 0 < value < math.inf and not may_be_zero:
+            if number and not 0 < value + may_be_zero < math.inf:
                 raise ConfigError(f"{source}, {section}: {key}={value} should be a positive number")
     rules = [
         (
