@@ -88,14 +88,16 @@ def build(session: Session) -> gr.Blocks:
                     image_mode=None,
                     format="png",
                     sources=["upload", "clipboard"],
-                    height=170,
+                    height=150,
                     buttons=[],
-                    label="Picture: drop, paste or click",
+                    show_label=False,
+                    label="Picture",
+                    placeholder="Your picture: drop, paste or click",
                     elem_id="picture",
                 )
                 with gr.Row(elem_id="draw"):
-                    family = gr.Dropdown(list(FAMILIES), value="count", label="Ability", filterable=False, min_width=90)
-                    fresh = gr.Button("Draw a scene", min_width=100, elem_id="fresh")
+                    family = gr.Dropdown(list(FAMILIES), value="count", label="Or a fresh scene to", filterable=False, min_width=0)
+                    fresh = gr.Button("Draw", min_width=0, elem_id="fresh")
                 question = gr.Textbox(
                     label="Question", lines=2, max_lines=6, placeholder="how many red circles are there?", elem_id="question"
                 )
@@ -139,7 +141,7 @@ def build(session: Session) -> gr.Blocks:
             gr.on([changed], draw, [family, scene_seed, size], scene, **hidden)
         picture.upload(page.check, picture, None, **hidden).failure(lambda: None, None, picture, **hidden)
         stop.click(page.stop, None, None, queue=False, **hidden)
-        app.load(page.opening, None, viewer, **hidden)
+        app.load(page.opening, None, [viewer, *scene], **hidden)
         app.unload(page.stop)
     return app
 

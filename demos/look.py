@@ -65,5 +65,6 @@ def theme() -> gr.themes.Base:
         block_label_text_size="12.5px",
         button_large_text_size="14px",
         button_large_text_weight="600",
+        input_border_width="1px",
         layout_gap="10px",
     )

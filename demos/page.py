@@ -144,18 +144,18 @@ class Page:
         kept.write_text(standalone(shown), encoding="utf-8")
         return shown, *buttons, gr.DownloadButton(value=kept, interactive=True)
 
-    def opening(self) -> dict[str, Any] | None:
-        """The finished example that the page opens on, computed once for all visitors."""
+    def opening(self) -> tuple[Any, ...]:
+        """(viewer, picture, question, what was drawn): the finished example to open on, computed once for all visitors."""
+        drawn = (*EXAMPLES[0], "full")
+        scene, question = scene_of(drawn)
         with self._opening_lock:
             if self._opening is None:
-                drawn = (*EXAMPLES[0], "full")
-                scene, question = scene_of(drawn)
                 picture = self.session.picture(scene.image)
                 for item in self.session.answer("the opening", picture, question.text, max_new_tokens=128):
                     if isinstance(item, Run):
                         known = truth(drawn, picture, question.text, item.answer)
                         self._opening = payload(item, truth=known)
-        return self._opening
+        return self._opening, scene.image, question.text, drawn
 
     def stop(self, request: gr.Request) -> None:
         self.session.stop(str(request.session_hash))

@@ -195,13 +195,6 @@ def stream_reply(
     inputs = collate([prompt], pad_id=0).to(weight.device, weight.dtype)
     reply, decoder, splitter = Reply(prompt), StreamDecoder(chat.tokenizer), ThoughtSplitter()
 
-    def add(pieces: list[tuple[str, str]]) -> None:
-        for kind, text in pieces:
-            if kind == "thought":
-                reply.thought += text
-            else:
-                reply.answer += text
-
     steps = generate(
         model,
         inputs,
@@ -221,11 +214,12 @@ def stream_reply(
         if token in chat.stop_ids:
             reply.finished = True
         else:
-            add(splitter.feed(decoder.feed(token)))
+            splitter.feed(decoder.feed(token))
+            reply.thought, reply.answer = splitter.thought, splitter.answer
             yield reply
-    add(splitter.feed(decoder.finish()))
-    add(splitter.finish())
-    reply.thought, reply.answer = reply.thought.strip(), reply.answer.strip()
+    splitter.feed(decoder.finish())
+    splitter.finish()
+    reply.thought, reply.answer = splitter.thought.strip(), splitter.answer.strip()
     yield reply
 
 

@@ -140,7 +140,8 @@ def test_later_turns_see_earlier_pictures(study):
     drawn, question = make("where", 11, "choose", "third")
     turns = messages(drawn, question)
     first = reply(model, chat, turns)
-    again = reply(model, chat, [*turns, {"role": "assistant", "content": first.answer}, {"role": "user", "content": question.text}])
+    more = [{"role": "assistant", "content": first.answer}, {"role": "user", "content": question.text}]
+    again = reply(model, chat, [*turns, *more])
     assert question.check(first.answer) and question.check(again.answer)
 
 

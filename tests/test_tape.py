@@ -336,11 +336,11 @@ def test_one_module_cannot_stand_in_for_several() -> None:
 
 
 def test_a_compiled_model_is_refused() -> None:
-    wrapped = torch.compile(MODEL)
+    wrapped = torch.compile(MODEL, backend="eager")
     part = tiny_model()
-    part.decoder.layers[1].compile()
+    part.decoder.layers[1].compile(backend="eager")
     forward = tiny_model()
-    forward.logits.forward = torch.compile(forward.logits.forward)
+    forward.logits.forward = torch.compile(forward.logits.forward, backend="eager")
     for model, name in ((wrapped, "the model"), (part, "decoder.layers.1"), (forward, "logits")):
         with pytest.raises(SiteError, match=f"{name} is compiled"):
             with attach(model, read=["**.logits"]):

@@ -35,7 +35,7 @@ def picture_heat(picture: Picture, heat: Any, *, vmax: float | None = None, titl
     """
     grid, values = picture.grid, np.asarray(heat, np.float32)
     if values.shape != grid.token_grid:
-        raise ValueError(f"a heat of shape {values.shape} does not fit the picture's visual tokens, which are {grid.token_grid}")
+        raise ValueError(f"a heat of shape {values.shape} does not fit a picture of {grid.token_grid} visual tokens")
     scale = _scale(values, vmax)
     image = picture.image.copy()
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))

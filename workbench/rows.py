@@ -1,7 +1,8 @@
 """Attention probabilities of chosen queries, exact and of any prompt length: a row costs H x S numbers, never T x T.
 
 They are computed afresh from what the cores were given, so the model keeps its fused attention. Read the inputs with
-`attach(model, read=["decoder.layers.*.attn.core@in"])`. Letters as in attention.py and vision.py.
+`attach(model, read=["decoder.layers.*.attn.core@in"])`. With a cache, the keys read there are a view of it: in a batch of
+unequal lengths, what padding read is overwritten by the next call. Letters as in attention.py and vision.py.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ Rows = slice | Sequence[int] | Tensor
 
 
 def decoder_rows(inputs: tuple[Any, ...], rows: Rows = slice(None)) -> Tensor:
-    """(B, len(rows), ...) queries of one call against all its keys: probabilities (B, H, len(rows), S), at least float32.
+    """What queries of one call read: probabilities (B, H, len(rows), S) over all its keys, in at least float32.
 
-    inputs: what one call of a decoder layer's `attn.core` was given. rows: columns of that call. The product with the
-    up-projection is moved to the query's side, so no key is rebuilt.
+    inputs: what one call of a decoder layer's `attn.core` was given. rows: columns of that call, counted from 0. The
+    up-projection is moved to the query's side, so no key is rebuilt. Raises ValueError for a row that does not exist.
     """
     q_nope, q_rope, latent, k_rope, up, visible = inputs
     rows = _indices(rows, q_nope.shape[1], "query", q_nope.device)
@@ -37,9 +38,10 @@ def decoder_rows(inputs: tuple[Any, ...], rows: Rows = slice(None)) -> Tensor:
 
 
 def vision_rows(inputs: tuple[Any, ...], picture: int = 0, rows: Rows = slice(None)) -> Tensor:
-    """Patches of one picture against all its patches: probabilities (H, len(rows), patches), at least float32.
+    """What patches of one picture read: probabilities (H, len(rows), patches of the picture), in at least float32.
 
-    inputs: what a call of a vision layer's `attn.core` was given. rows: patches of that picture, counted from 0.
+    inputs: what one call of a vision layer's `attn.core` was given. rows: patches of that picture, counted from 0. Raises
+    ValueError for a picture or patch that does not exist.
     """
     q, k, _, packing = inputs
     counts = packing.counts

@@ -71,12 +71,6 @@ CONFIG = KimiVLConfig(
     media_placeholder_token_id=N_RANKS + 21,
     torch_dtype="float32",
 )
-FRAME = ["system", "user", "assistant", "image", "You are a helpful assistant"]  # words of the chat format itself
-# Words that no family uses yet, so that the language can grow without a new vocabulary.
-SPARE_WORDS = (
-    "more fewer frame first last moved up down sum plus carry bar chart largest window button save open yes no "
-    "black white dot line word letter answer"
-)
 PREPROCESSOR = {
     "image_processor_type": "KimiVLImageProcessor",
     "in_token_limit": 4096,
@@ -317,8 +311,7 @@ def prepare(out: Path) -> None:
     release = out / "release"
     if not (release / "tiktoken.model").exists():
         release.mkdir(parents=True, exist_ok=True)
-        built = tokenizer.build(release, [*families.corpus(2000), *FRAME * 2000, SPARE_WORDS], N_RANKS)
-        assert built.vocab_size == CONFIG.text.vocab_size
+        tokenizer.build(release, families.corpus(4000), N_RANKS)
         (release / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
         generation = {"eos_token_id": [CONFIG.text.eos_token_id, N_RANKS + 2], "temperature": 0.0}
         (release / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -250,7 +250,7 @@ function kimiViewer(host) {
       tok.id = `word-${w}`;
       tok.dataset.word = w;
       tok.setAttribute("role", "option");
-      turns[turn].append(blank ? " " : "", tok);
+      turns[turn].append(blank && turns[turn].children.length ? " " : "", tok);
     });
     for (const [name, box] of Object.entries(turns)) {
       const empty = ![...box.children].some((tok) => !tok.classList.contains("template"));
@@ -262,7 +262,7 @@ function kimiViewer(host) {
     }
     if (run.truth && (run.answer || run.finished)) {
       const { right, answer } = run.truth;
-      const text = right ? "✓ right, the scene was drawn so" : `✗ wrong, the true answer is ${answer}`;
+      const text = right ? "✓ right, checked against the drawn scene" : `✗ wrong, the scene says: ${answer}`;
       turns.answer.parentElement.append(make("div", `verdict ${right ? "right" : "wrong"}`, text));
     }
   }
@@ -294,11 +294,14 @@ function kimiViewer(host) {
     const g = geometry(), room = roomFor(canvas), scale = Math.min(room / g.padded[0], 400 / g.padded[1]);
     const [width, height] = [g.padded[0] * scale, g.padded[1] * scale];
     const draw = sized(canvas, width, height);
-    say("size", `${g.original[0]} × ${g.original[1]} px`);
+    say("size", `${g.original[0]} × ${g.original[1]} px, ${g.grid[1]} × ${g.grid[0]} patches`);
     drawPadding(draw, width, height);
     draw.imageSmoothingEnabled = g.resized[0] * 3 > width;
     const image = run.images[state.picture];
+    // pale under the map, so that the colours of the map stand out; where a browser has no filters, only less so
+    if (run.kind === "run" && state.view === "heat") draw.filter = "saturate(35%)";
     if (image.naturalWidth) draw.drawImage(image, -g.offset[0] * scale, -g.offset[1] * scale, g.resized[0] * scale, g.resized[1] * scale);
+    draw.filter = "none";
     if (run.kind === "run") {
       const values = heat(), top = scaleTop(), side = g.cell * scale;
       if (state.view === "heat") {
@@ -386,7 +389,7 @@ function kimiViewer(host) {
     if (!run.pictures.length) return;
     const g = geometry(), best = [...values.slice(g.first, g.first + g.tokens)].reduce((b, v, i, all) => (v > all[b] ? i : b), 0);
     part("picture").setAttribute("aria-label", `${of}: most, ${percent(values[g.first + best])}, on ${placeOf(best, g)}. Arrow keys move over the picture tokens.`);
-    say("readout", state.token === null ? `${g.grid[1]} × ${g.grid[0]} patches, ${g.merge} × ${g.merge} to a token: ${g.tokens} tokens. Most on ${placeOf(best, g)}: ${percent(values[g.first + best])}.` : `${capital(placeOf(state.token, g))}: ${percent(values[g.first + state.token])}`);
+    say("readout", state.token === null ? `${g.tokens} tokens of ${g.merge} × ${g.merge} patches. Most: ${placeOf(best, g)}, ${percent(values[g.first + best])}.` : `${capital(placeOf(state.token, g))}: ${percent(values[g.first + state.token])}`);
     fillTable("heat-table", ["row", ...Array.from({ length: g.across }, (_, c) => `col ${c + 1}`)], Array.from({ length: g.down }, (_, r) =>
       [r + 1, ...Array.from({ length: g.across }, (_, c) => percent(values[g.first + r * g.across + c]))]));
   }
@@ -394,7 +397,7 @@ function kimiViewer(host) {
   function placeOf(token, g) {
     const row = Math.floor(token / g.across), column = token % g.across;
     const padding = column * g.cell + g.offset[0] >= g.resized[0] || row * g.cell + g.offset[1] >= g.resized[1];
-    return `token ${g.first + token} (row ${row + 1}, column ${column + 1}${padding ? ", padding" : ""})`;
+    return `row ${row + 1}, column ${column + 1} (token ${g.first + token}${padding ? ", padding" : ""})`;
   }
 
   // ---- along the reply, heads --------------------------------------------------------------------------------------
@@ -466,7 +469,7 @@ function kimiViewer(host) {
   function drawExperts() {
     const { moe_layers: layers, experts, top_k: k } = run.model, rows = selectedRows(), shares = expertShares(rows);
     const canvas = part("experts"), left = 26, top = 18, room = roomFor(canvas), wide = (room - left) / experts;
-    const tall = Math.max(9, Math.min(34, 330 / layers.length)), gap = wide > 8 ? 2 : 1;
+    const tall = Math.max(9, Math.min(40, 360 / layers.length)), gap = wide > 8 ? 2 : 1;
     const draw = sized(canvas, room, top + layers.length * tall);
     const every = [1, 2, 4, 8, 16].find((n) => n * wide > 22) || 16;
     draw.fillStyle = colour("soft");
@@ -499,7 +502,7 @@ function kimiViewer(host) {
     const shown = listed.concat(details.filter((d) => d.share === 0).slice(0, 2));
     const signed = (v) => (v < 0 ? "−" : "+") + Math.abs(v).toFixed(2);
     const one = rows.length === 1, made = table(["expert", "score", "bias", "sum", "weight"], shown.map((d) =>
-      [d.expert + (one || !d.share ? "" : ` (${percent(d.share)})`), d.score.toFixed(2), signed(d.bias), (d.score + d.bias).toFixed(2), d.share ? d.weight.toFixed(2) : "not chosen"]), (i) => (shown[i].share ? "in" : ""));
+      [d.expert + (one || !d.share ? "" : ` (${percent(d.share)})`), d.score.toFixed(2), signed(d.bias), (d.score + d.bias).toFixed(2), d.share ? d.weight.toFixed(2) : "none"]), (i) => (shown[i].share ? "in" : ""));
     made.dataset.part = "expert-table";
     part("expert-table").replaceWith(made);
     part("table-layer").value = state.tableLayer;
@@ -542,8 +545,8 @@ function kimiViewer(host) {
   }
   function buildControls() {
     const { layers, heads, moe_layers } = run.model, numbers = (n) => [...Array(n).keys()];
-    options("layer", ["all", ...numbers(layers)], ["all, mean", ...numbers(layers)]);
-    options("head", ["all", ...numbers(heads)], ["all, mean", ...numbers(heads)]);
+    options("layer", ["all", ...numbers(layers)], ["all", ...numbers(layers)]);
+    options("head", ["all", ...numbers(heads)], ["all", ...numbers(heads)]);
     options("table-layer", numbers(moe_layers.length), moe_layers);
     part("head").disabled = run.averaged !== "";
     part("layer").disabled = run.averaged === "layers and heads";
