@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_inputs, tiny_model
 
 from kimi_vl_ref import TINY, ConfigError, KimiVLConfig
+from tiny import tiny_inputs, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -248,6 +248,26 @@ def test_sessions_may_nest_and_end_in_any_order() -> None:
     assert active_edits() == []
 
 
+def test_a_stand_in_may_call_what_it_replaces() -> None:
+    site = "decoder.layers.1.ffn"
+    read = [site, f"{site}.inner", f"{site}.inner.experts", f"{site}.inner.shared"]
+    with attach(MODEL, read=[site]) as outer, attach(MODEL, read=read, swap={site: Twice}) as tape:
+        wrapped = answer()
+    with attach(MODEL, edit={site: lambda x, name: 2 * x}):
+        assert same(wrapped, answer())
+    for whole, seen, inner, *halves in zip(outer[site], *(tape[name] for name in read), strict=True):
+        assert torch.equal(whole, seen) and torch.equal(seen, 2 * inner) and torch.equal(inner, halves[0] + halves[1])
+
+
+class Twice(nn.Module):
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        self.inner = original
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
 class Zero(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

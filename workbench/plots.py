@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLOURS = "magma"
 STRENGTH = 0.75  # how opaque the heat lies on the grey picture; the colour bar is drawn the same way
 SHOWN_SIDE = 1200  # pixels; a larger picture is drawn smaller
-LINES = 80  # patches across above which patch lines would hide the picture
+LINES = 80  # more lines than this would hide the picture and are left out
 
 
 def picture_heat(picture: Picture, heat: Any, *, vmax: float | None = None, title: str = "", model_name: str) -> Figure:
@@ -43,9 +43,10 @@ def picture_heat(picture: Picture, heat: Any, *, vmax: float | None = None, titl
     tall = float(np.clip(4.3 * height / width, 1.6, 7))
     figure = Figure(figsize=(10, tall + 1.0), layout="constrained")
     seen, hot = figure.subplots(1, 2)
-    _show(seen, image, grid)
-    _show(hot, _faint(image), grid)
-    mesh = hot.pcolormesh(*_edges(grid), values, norm=scale, cmap=COLOURS, alpha=STRENGTH, linewidth=0, rasterized=True)
+    _show(seen, image, grid, lines="0.45")
+    _show(hot, _faint(image), grid, lines="white")
+    x, y = _edges(grid, grid.merge)
+    mesh = hot.pcolormesh(x, y, values, norm=scale, cmap=COLOURS, alpha=STRENGTH, linewidth=0, rasterized=True)
     rows, columns = grid.token_grid
     seen.set_title(f"{width} x {height} pixels, {rows} x {columns} visual tokens", fontsize=9)
     hot.set_title("one colour a visual token", fontsize=9)
@@ -92,10 +93,10 @@ def expert_load(
     image = axes.imshow(share, norm=scale, cmap=COLOURS, aspect="auto", interpolation="nearest")
     axes.set_xlabel("expert")
     axes.set_ylabel("decoder layer")
-    ticks = np.unique(np.linspace(0, len(share) - 1, min(len(share), 14)).round().astype(int))
+    ticks = range(0, len(share), -(-len(share) // 14))
     axes.set_yticks(ticks, [str(run.moe_layers[at]) for at in ticks])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    bar = _bar(figure, image, axes, "share of tokens", above=float(share.max()) > float(scale.vmax or 0))
+    bar = _bar(figure, image, axes, "share of tokens (line: chance)", above=float(share.max()) > float(scale.vmax or 0))
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     chance = top_k / run.n_experts
     if chance < float(scale.vmax or 0):
@@ -122,27 +123,25 @@ def _scale(values: np.ndarray, vmax: float | None) -> Normalize:
     return Normalize(0, vmax if vmax is not None else (largest or 1.0))
 
 
-def _show(axes: Axes, image: Image.Image, grid: PatchGrid) -> None:
-    """A picture in its own pixel coordinates, with thin patch lines and stronger lines between visual tokens."""
+def _show(axes: Axes, image: Image.Image, grid: PatchGrid, lines: str) -> None:
+    """A picture in its own pixel coordinates, with thin lines between patches and stronger ones between visual tokens."""
     width, height = grid.original
     axes.imshow(np.asarray(image), extent=(0, width, height, 0), interpolation="bilinear", cmap="gray", vmin=0, vmax=255)
-    x, y = _edges(grid)
-    for lines, across, other in ((x, axes.vlines, height), (y, axes.hlines, width)):
-        if len(lines) <= LINES:
-            across(lines, 0, other, color="white", linewidth=0.6, alpha=0.55)
-        if len(lines) <= LINES // 2:
-            patches = (lines[:-1, None] + np.diff(lines)[:, None] * np.arange(1, grid.merge) / grid.merge).ravel()
-            across(patches, 0, other, color="white", linewidth=0.3, alpha=0.35)
+    for side, thickness in ((1, 0.4), (grid.merge, 0.9)):
+        x, y = _edges(grid, side)
+        if max(len(x), len(y)) <= LINES:
+            axes.vlines(x, 0, height, color=lines, linewidth=thickness, alpha=0.5)
+            axes.hlines(y, 0, width, color=lines, linewidth=thickness, alpha=0.5)
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
 
 
-def _edges(grid: PatchGrid) -> tuple[np.ndarray, np.ndarray]:
-    """x (columns + 1) and y (rows + 1) between visual tokens, in pixels of the picture; the last ones end at its border."""
-    rows, columns = grid.token_grid
-    across = [grid.token_box(column) for column in range(columns)]
-    down = [grid.token_box(row * columns) for row in range(rows)]
-    x = [box[0] for box in across if box] + [box[2] for box in across if box][-1:]
-    y = [box[1] for box in down if box] + [box[3] for box in down if box][-1:]
+def _edges(grid: PatchGrid, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the lines around cells of `side` patches, in pixels of the picture; the last ones are its border."""
+    box = grid.patch_box if side == 1 else grid.token_box
+    rows, columns = grid.grid if side == 1 else grid.token_grid
+    across = [found for column in range(columns) if (found := box(column))]
+    down = [found for row in range(rows) if (found := box(row * columns))]
+    x, y = [b[0] for b in across] + [across[-1][2]], [b[1] for b in down] + [down[-1][3]]
     return np.array(x), np.array(y)
 
 

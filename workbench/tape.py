@@ -131,6 +131,7 @@ class _Presence:
 
 
 _ACTIVE: ContextVar[tuple[_Presence, ...]] = ContextVar("active", default=())
+_SWAPPED: ContextVar[tuple[nn.Module, ...]] = ContextVar("swapped", default=())  # whose stand-ins are running now
 
 
 class _Session:
@@ -147,6 +148,7 @@ class _Session:
         self.modules = dict(model.named_modules())
         self.sites = sites(model)
         self.swaps: dict[str, nn.Module] = {}
+        self.wrapped: set[str] = set()  # names of originals inside what replaces them
         for glob, replacement in swap.items():
             self._plan_swap(glob, replacement)
         self.edits: dict[str, list[Edit]] = {}
@@ -183,6 +185,8 @@ class _Session:
                 del self.sites[inner]  # what it replaces does not run
             for path, part in module.named_modules():
                 if path:
+                    if part is self.modules[name]:
+                        self.wrapped.add(f"{name}.{path}")
                     self.modules[f"{name}.{path}"] = part
                     self.sites[f"{name}.{path}"] = Site(f"{name}.{path}", "", f"part of the swapped {type(module).__name__}")
 
@@ -203,11 +207,8 @@ class _Session:
         for name, module in self.swaps.items():
             with _LOCK:
                 self.handles.append(_Detour.at(self.modules[name]).add(self.presence, self._counted(name, module)))
-        for name in self.watched:
-            module = self.swaps.get(name, self.modules[name])
-            # a swapped site is watched where it stood, so that what runs there is what is read
-            where = self.modules[name] if name in self.swaps else module
-            self.handles.append(where.register_forward_hook(self._hook(name), with_kwargs=True))
+        for name in self.watched:  # a swapped site is watched where it stood, so that what runs there is what is read
+            self.handles.append(self.modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
 
     def remove(self) -> None:
         with _LOCK:
@@ -226,8 +227,8 @@ class _Session:
         edits = self.edits.get(name, ())
         output, inputs = (self.tape._read.get(key) for key in (name, f"{name}@in"))
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
-            if self.presence not in _ACTIVE.get():
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
+            if self.presence not in _ACTIVE.get() or (module in _SWAPPED.get()) != (name in self.wrapped):
                 return None
             self.calls[name] += 1
             for edit in edits:
@@ -275,9 +276,15 @@ class _Detour:
         return _Stand(self, presence)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        active = _ACTIVE.get()
-        run = next((run for presence, run in reversed(self.stands) if presence in active), self.original)
-        return run(*args, **kwargs)
+        active, running = _ACTIVE.get(), _SWAPPED.get()
+        run = next((run for presence, run in reversed(self.stands) if presence in active), None)
+        if run is None or self.module in running:  # a stand-in may call what it replaces
+            return self.original(*args, **kwargs)
+        token = _SWAPPED.set((*running, self.module))
+        try:
+            return run(*args, **kwargs)
+        finally:
+            _SWAPPED.reset(token)
 
 
 class _Stand:

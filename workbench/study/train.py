@@ -132,7 +132,7 @@ STAGES = (
     ),
     Stage(
         "all",
-        steps=1200,
+        steps=1100,
         mix=Mix(
             SCENES,
             {"describe": 1.5, "name": 1, "where": 1, "read": 2, "relation": 1, "count": 1, "point": 1},

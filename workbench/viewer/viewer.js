@@ -250,7 +250,8 @@ function kimiViewer(host) {
       tok.id = `word-${w}`;
       tok.dataset.word = w;
       tok.setAttribute("role", "option");
-      turns[turn].append(blank && turns[turn].children.length ? " " : "", tok);
+      const begun = turns[turn].querySelector(".tok:not(.template)");
+      turns[turn].append(blank && begun ? " " : "", tok);
     });
     for (const [name, box] of Object.entries(turns)) {
       const empty = ![...box.children].some((tok) => !tok.classList.contains("template"));
@@ -262,7 +263,7 @@ function kimiViewer(host) {
     }
     if (run.truth && (run.answer || run.finished)) {
       const { right, answer } = run.truth;
-      const text = right ? "✓ right, checked against the drawn scene" : `✗ wrong, the scene says: ${answer}`;
+      const text = right ? "✓ right, as the scene was drawn" : `✗ wrong, the scene says: ${answer}`;
       turns.answer.parentElement.append(make("div", `verdict ${right ? "right" : "wrong"}`, text));
     }
   }
@@ -555,7 +556,7 @@ function kimiViewer(host) {
   }
   function foot() {
     const { name, device, dtype, versions } = run.model;
-    const parts = [`Weights: ${name}`, `on ${device}${dtype ? `, ${dtype}` : ""}`, ...Object.entries(versions || {}).map(([k, v]) => `${k} ${v}`)];
+    const parts = [`Weights: ${name}`, `on ${device === "cpu" ? "CPU" : device}${dtype ? `, ${dtype}` : ""}`, ...Object.entries(versions || {}).map(([k, v]) => `${k} ${v}`)];
     say("foot", parts.join(" · "));
   }
   function showProgress() {
@@ -589,7 +590,11 @@ function kimiViewer(host) {
       buildStrip();
       buildControls();
       const first = (role) => run.words.role.findIndex((r, w) => r === role && rowOf(w) >= 0 && run.words.text[w].trim());
-      const chosen = [first("answer"), first("thought"), first("user")].find((w) => w >= 0) ?? 0;
+      let chosen = [first("answer"), first("thought"), first("user")].find((w) => w >= 0) ?? 0;
+      if (run.start === "looking" && run.pictures.length) { // the word that was read most from the picture
+        const share = (w) => onPicture([rowOf(w)], "all", "all"), words = written().filter((w) => rowOf(w) >= 0);
+        chosen = words.reduce((best, w) => (share(w) > share(best) ? w : best), chosen);
+      }
       Object.assign(state, { from: chosen, to: chosen });
     } else showProgress();
     draw();

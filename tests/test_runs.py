@@ -1,0 +1,335 @@
+"""A run is what happened: the tokens that come without recording, the model's own rows and routing, whole on disk."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from kimi_vl_ref import Reply, stream_reply
+from kimi_vl_ref.attention import ExplicitCore
+from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
+from tiny import picture, question, talking_model, tiny_chat
+from workbench import runs
+from workbench.runs import ARRAYS, Run, RunError, record
+from workbench.tape import attach
+
+MODEL, CHAT = talking_model(), tiny_chat()
+ASKED = question("How many red circles?", picture(100, 60), picture(50, 90, seed=1))
+NAME = "tiny model, random weights"
+
+
+def recorded(messages: list[dict[str, Any]] = ASKED, tokens: int = 12, **options: Any) -> Run:
+    *replies, run = record(MODEL, CHAT, messages, model_name=NAME, max_new_tokens=tokens, **options)
+    assert isinstance(run, Run) and all(isinstance(reply, Reply) for reply in replies)
+    return run
+
+
+def saying(text: str) -> Any:
+    """An edit of the logits that makes the model write this text and stop."""
+    ids = iter([*CHAT.tokenizer.encode(text), CHAT.tokenizer.special["<|im_end|>"]])
+
+    def only(logits: Tensor, site: str) -> Tensor:
+        logits[:] = -30.0
+        logits[:, next(ids)] = 30.0
+        return logits
+
+    return {"logits": only}
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return recorded()
+
+
+@pytest.fixture(scope="module")
+def thinking() -> Run:
+    with attach(MODEL, edit=saying(f"{OPEN_THOUGHT}count the circles{CLOSE_THOUGHT}There are two.")):
+        return recorded(tokens=100)
+
+
+@pytest.fixture(autouse=True)
+def no_hook_is_left() -> Iterator[None]:
+    yield
+    gc.collect()
+    assert not any(module._forward_hooks for module in MODEL.modules())
+
+
+# --- recording -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}, {"thought_budget": 2}], ids=str)
+def test_recording_changes_no_token_and_no_logprob(options: dict[str, Any]) -> None:
+    *_, plain = stream_reply(MODEL, CHAT, ASKED, max_new_tokens=8, **options)
+    run = recorded(tokens=8, **options)
+    n = run.prompt_length
+    assert run.token_ids.tolist() == plain.prompt.input_ids + plain.token_ids
+    assert run.logprobs[n:].tolist() == np.array(plain.logprobs, np.float32).tolist()  # bit for bit
+    assert run.entropies[n:].tolist() == np.array(plain.entropies, np.float32).tolist()
+    assert np.isnan(run.logprobs[:n]).all() and np.isnan(run.entropies[:n]).all()
+    assert (run.thought, run.answer, run.finished) == (plain.thought, plain.answer, plain.finished)
+    assert run.roles[:n] == plain.prompt.roles
+    assert run.settings["temperature"] == options.get("temperature", 0.0) and run.seed == options.get("seed")
+
+
+def test_rows_and_routing_are_those_of_the_whole_sequence_in_one_pass(run: Run) -> None:
+    """The last token included, which generation itself never reads."""
+    prompt = CHAT.prompt(ASKED)
+    core, router = "decoder.layers.*.attn.core", "decoder.layers.[12].ffn.router.*"
+    with attach(MODEL, read=[f"{core}.probs", router], swap={core: lambda original: ExplicitCore()}) as tape, torch.no_grad():
+        MODEL(torch.tensor(run.token_ids[None], dtype=torch.long), prompt.pixel_values, prompt.image_grid_hws)
+    visual = run.positions("image")
+    assert run.moe_layers == [1, 2] and run.picture_attention.shape == (3, 5, len(run.token_ids) - run.first_row, len(visual))
+    for layer in range(3):
+        (probs,) = tape[f"decoder.layers.{layer}.attn.core.probs"]
+        rows = probs[0, :, run.first_row :].numpy()
+        np.testing.assert_allclose(run.picture_attention[layer], rows[..., visual], atol=1e-3)
+        for at, role in enumerate(run.role_names):
+            np.testing.assert_allclose(run.role_mass[layer, :, :, at], rows[..., run.positions(role)].sum(-1), atol=2e-3)
+    for at, layer in enumerate(run.moe_layers):
+        parts = [f"decoder.layers.{layer}.ffn.router.{part}" for part in ("scores", "chosen", "weights")]
+        scores, chosen, weights = (tape[part][0][0] for part in parts)
+        assert np.array_equal(run.chosen[at], chosen.numpy())
+        np.testing.assert_allclose(run.weights[at], weights.numpy(), atol=2e-3)
+        np.testing.assert_allclose(run.scores[at], scores.numpy(), atol=1e-3)
+        biased = run.scores[at].astype(np.float32) + run.bias[at]
+        kept = np.take_along_axis(biased, run.chosen[at].astype(int), -1).min(-1)
+        assert (kept >= np.sort(biased, -1)[:, -4] - 2e-3).all()  # the bias is the one that chose
+
+
+def test_attention_of_a_row_is_divided_among_the_roles(run: Run) -> None:
+    np.testing.assert_allclose(run.role_mass.astype(np.float32).sum(-1), 1, atol=4e-3)
+    pictures = [name.startswith("image") for name in run.role_names]
+    on_pictures = run.role_mass[..., pictures].astype(np.float32).sum(-1)
+    np.testing.assert_allclose(run.picture_attention.astype(np.float32).sum(-1), on_pictures, atol=4e-3)
+
+
+def test_heat_is_a_row_on_the_grid_of_its_picture(run: Run) -> None:
+    (first, second), t = run.pictures, run.first_row + 3
+    assert (run.tokens_of_picture(0), run.tokens_of_picture(1)) == (slice(0, 12), slice(12, 20))
+    heat = run.heat(t, 1, layer=2, head=4)
+    assert heat.shape == second.grid.token_grid == (4, 2)
+    assert np.array_equal(heat.ravel(), run.picture_attention[2, 4, 3, 12:].astype(np.float32))
+    mean = run.picture_attention[:, :, 3, :12].astype(np.float32).mean((0, 1))
+    np.testing.assert_allclose(run.heat(t, 0).ravel(), mean, rtol=1e-5)
+    assert run.heat(t).shape == first.grid.token_grid
+    for wrong in ({"position": 0}, {"position": 999}, {"picture": 2}, {"layer": 3}, {"head": 5}):
+        with pytest.raises(RunError):
+            run.heat(**{"position": t, **wrong})
+
+
+def test_rows_begin_with_the_text_after_the_last_picture(run: Run) -> None:
+    assert run.roles[run.first_row] == "user" and run.first_row > run.positions("image").max()
+    assert "user" not in run.roles[: run.first_row]
+    assert "".join(run.texts[run.first_row : run.positions("user").max() + 1]) == "How many red circles?"
+    assert run.question == "How many red circles?"
+    assert run.messages[0]["content"][1] == {"type": "image", "image": 1}
+
+
+def test_a_run_without_pictures() -> None:
+    run = recorded(question("Hello"), tokens=3)
+    assert run.picture_attention.shape == (3, 5, len(run.token_ids) - run.first_row, 0)
+    assert run.roles[run.first_row] == "user" and run.pictures == []
+
+
+def test_thought_answer_and_markers_have_their_roles(thinking: Run) -> None:
+    assert (thinking.thought, thinking.answer, thinking.finished) == ("count the circles", "There are two.", True)
+    written = range(thinking.prompt_length, len(thinking.token_ids))
+
+    def text(role: str) -> str:
+        return "".join(thinking.texts[t] for t in written if thinking.roles[t] == role)
+
+    assert text("thought") == "count the circles"
+    assert text("answer") == "There are two."
+    assert thinking.roles[-1] == "special" and thinking.texts[-1] == "<|im_end|>"
+    assert thinking.edits == ["edit logits"]
+    assert {"thought", "answer"} <= set(thinking.role_names)
+
+
+def test_a_reader_may_stop_early() -> None:
+    asked = iter([False, False, True])
+    run = recorded(should_stop=lambda: next(asked))
+    whole = recorded(tokens=3)
+    assert not run.finished and run.token_ids.tolist() == whole.token_ids.tolist()
+    assert np.array_equal(run.chosen, whole.chosen) and np.array_equal(run.picture_attention, whole.picture_attention)
+
+
+def test_an_abandoned_recording_leaves_nothing() -> None:
+    items = record(MODEL, CHAT, ASKED, model_name=NAME)
+    next(items)
+    assert any(module._forward_hooks for module in MODEL.modules())
+    del items
+
+
+def test_two_recordings_at_once_are_each_alone(run: Run, thinking: Run) -> None:
+    other = question("count the circles", picture(30, 30, seed=5))
+    alone = recorded(other)
+    pairs = zip(*(record(MODEL, CHAT, m, model_name=NAME, max_new_tokens=12) for m in (ASKED, other)), strict=True)
+    *_, (first, second) = pairs
+    for ours, theirs in ((first, run), (second, alone)):
+        assert isinstance(ours, Run)
+        for name in ARRAYS:
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_a_long_question_keeps_its_last_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "PROMPT_ROWS", 4)
+    short = recorded()
+    assert short.first_row == run.prompt_length - 4
+    assert np.array_equal(short.picture_attention, run.picture_attention[:, :, short.first_row - run.first_row :])
+
+
+def test_a_large_run_keeps_the_mean_over_heads_and_then_the_last_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "ATTENTION_BYTES", run.picture_attention.nbytes - 1)
+    monkeypatch.setattr(runs, "SCRATCH", 1)  # and computes row by row
+    mean = recorded()
+    assert mean.first_row == run.first_row and mean.settings["heads"] == "mean over heads"
+    expected = run.picture_attention.astype(np.float32).mean(1, keepdims=True)
+    np.testing.assert_allclose(mean.picture_attention, expected, atol=1e-3)
+    np.testing.assert_allclose(mean.role_mass, run.role_mass.astype(np.float32).mean(1, keepdims=True), atol=1e-3)
+    with pytest.raises(RunError, match=r"head 1 does not exist; this run has heads 0 to 0 \(mean over heads\)"):
+        mean.heat(mean.first_row, head=1)
+    monkeypatch.setattr(runs, "ATTENTION_BYTES", 2 * 3 * 20 * 7)
+    last = recorded()
+    assert last.first_row == len(run.token_ids) - 7
+    assert np.array_equal(last.picture_attention, mean.picture_attention[:, :, -7:])
+
+
+def test_weights_have_a_fingerprint(run: Run) -> None:
+    moved = talking_model.__wrapped__()
+    assert runs.fingerprint(moved) == run.versions["weights"]
+    moved.vision.norm.bias[0] += 1
+    assert runs.fingerprint(moved) != run.versions["weights"]
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_comes_back_as_it_was(thinking: Run, tmp_path: Path) -> None:
+    odd = replace(thinking, texts=[*thinking.texts[:-1], "\ud83d <\u25c1>\n"], question='"äß🙂"')
+    odd.save(tmp_path / "one.run")
+    odd.save(tmp_path / "one.run")  # again, over it
+    back = Run.load(str(tmp_path / "one.run"))
+    for name, (dtype, _) in ARRAYS.items():
+        assert getattr(back, name).dtype == dtype
+        np.testing.assert_array_equal(getattr(back, name), getattr(odd, name))
+    for name in runs._STORY:
+        assert getattr(back, name) == getattr(odd, name), name
+    for ours, theirs in zip(back.pictures, odd.pictures, strict=True):
+        assert ours.grid == theirs.grid and ours.image.tobytes() == theirs.image.tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["one.run"]
+
+
+def test_a_run_without_pictures_comes_back(tmp_path: Path) -> None:
+    run = recorded(question("Hello"), tokens=2)
+    run.save(tmp_path / "one.run")
+    assert Run.load(tmp_path / "one.run").picture_attention.shape == run.picture_attention.shape
+
+
+@pytest.fixture(scope="module")
+def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "good.run"
+    run.save(path)
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(RunError) as refusal:
+        Run.load(path)
+    message = str(refusal.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def test_each_damage_is_named(saved: Path, tmp_path: Path) -> None:
+    good, bad = saved.read_bytes(), tmp_path / "bad.run"
+    assert "there is no file" in refused(tmp_path / "none.run")
+    assert "there is no file" in refused(tmp_path)
+    for cut in (0, 7, 300, len(good) // 2, len(good) - 1):
+        bad.write_bytes(good[:cut])
+        assert "cut off, damaged or not a run" in refused(bad)
+    bad.write_bytes(good + b"more")
+    assert "cut off, damaged or not a run" in refused(bad)
+    bad.write_bytes(b"\xff" * 200)
+    assert "cut off, damaged or not a run" in refused(bad)
+    for at in range(len(good) - 900, len(good), 90):
+        bad.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        assert "do not match its checksum" in refused(bad)
+    at = good.index(b"How many red")
+    bad.write_bytes(good[:at] + b"N" + good[at + 1 :])
+    assert "do not match its checksum" in refused(bad)
+
+
+def test_other_files_and_versions_are_named(saved: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.run"
+    save_file({"x": np.zeros(3)}, bad)
+    assert "is a safetensors file but not a run" in refused(bad)
+    rewrite(saved, bad, marks={"format": "2"})
+    assert "is a run of format 2, and this version reads format 1" in refused(bad)
+
+
+def without(name: str) -> Any:
+    return lambda story, arrays: (story if name in story else arrays).pop(name)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without("question"), "question"),
+        (without("pictures"), "'pictures' is missing"),
+        (without("picture 1"), "'picture 1' is missing"),
+        (without("chosen"), "chosen"),
+        (lambda story, arrays: story.update(colour="red"), "colour"),
+        (lambda story, arrays: story.update(n_experts=3), "scores has the shape"),
+        (lambda story, arrays: story.update(first_row=2), "picture_attention has the shape"),
+        (lambda story, arrays: story.update(role_names=["user"]), "role_mass has the shape"),
+        (lambda story, arrays: story["roles"].pop(), "roles for"),
+        (lambda story, arrays: story.update(prompt_length=-1), "prompt_length=-1"),
+        (lambda story, arrays: story["pictures"][0].pop("grid"), "grid"),
+        (lambda story, arrays: story["pictures"].pop(), "picture 1"),
+        (lambda story, arrays: arrays.update(chosen=arrays["chosen"] + np.uint16(500)), "but there are 11"),
+        (lambda story, arrays: arrays.update(weights=arrays["weights"].astype(np.float32)), "weights is float32"),
+        (lambda story, arrays: arrays.update({"picture 0": arrays["picture 0"][:200]}), "is damaged"),
+        (lambda story, arrays: story.update(texts=None), "is damaged"),
+    ],
+)
+def test_a_run_that_does_not_add_up_is_refused(change: Any, message: str, saved: Path, tmp_path: Path) -> None:
+    """Even with a checksum that is right."""
+    rewrite(saved, tmp_path / "bad.run", change)
+    refusal = refused(tmp_path / "bad.run")
+    assert "is damaged: " in refusal and message in refusal
+
+
+def rewrite(source: Path, target: Path, change: Any = lambda story, arrays: None, marks: dict[str, str] | None = None) -> None:
+    text, arrays = runs._read(source)
+    story = json.loads(text)
+    change(story, arrays)
+    text = json.dumps(story)
+    metadata = {"kimi_vl_run": text, "format": "1", "sha256": runs._digest(text, arrays)}
+    save_file(arrays, target, metadata | (marks or {}))
+
+
+def test_the_file_is_safetensors_that_others_can_read(saved: Path, run: Run) -> None:
+    arrays = load_file(saved)
+    assert np.array_equal(arrays["chosen"], run.chosen)
+    assert arrays["picture 0"].tobytes().startswith(b"\x89PNG")
+
+
+def test_saving_says_why_it_cannot(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot write .*none/one.run .*; choose a folder that exists"):
+        run.save(tmp_path / "none" / "one.run")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RunError, match="cannot write"):
+        run.save(tmp_path / "folder")
+    with pytest.raises(RunError, match="roles for"):
+        replace(run, roles=run.roles[1:]).save(tmp_path / "one.run")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
