@@ -53,9 +53,11 @@ endef
 
 # A stamp is newer than what it was installed from, so the second time costs nothing. torch goes first, by itself:
 # it is the largest and the one that a machine may have its own build of.
+# Python compiles a file when it is first imported (--no-compile): most of what is installed never is.
 $(VENV)/%.stamp: requirements/%.lock pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --quiet torch -c requirements/$*.lock
-	$(PIP) install --quiet -r requirements/$*.lock
+	@echo "Installing the packages of requirements/$*.lock, once; this takes some minutes."
+	$(PIP) install --quiet --no-compile torch -c requirements/$*.lock
+	$(PIP) install --quiet --no-compile -r requirements/$*.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

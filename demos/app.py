@@ -70,7 +70,8 @@ class Scenes(gr.HTML):
 
 def header(session: Session) -> str:
     facts = html.escape(f"{session.model_name} · {session.device} · {session.dtype}")
-    return f'<header><h1>Kimi-VL Workbench</h1><p>Ask about a picture, then look inside.</p><p class="weights">{facts}</p></header>'
+    title = "<h1>Kimi-VL Workbench</h1><p>Ask about a picture, then look inside.</p>"
+    return f'<header>{title}<p class="weights">{facts}</p></header>'
 
 
 def build(session: Session) -> gr.Blocks:
@@ -96,7 +97,9 @@ def build(session: Session) -> gr.Blocks:
                     elem_id="picture",
                 )
                 with gr.Row(elem_id="draw"):
-                    family = gr.Dropdown(list(FAMILIES), value="count", label="Or a fresh scene to", filterable=False, min_width=0)
+                    family = gr.Dropdown(
+                        list(FAMILIES), value="count", label="Or a fresh scene to", filterable=False, min_width=0
+                    )
                     fresh = gr.Button("Draw", min_width=0, elem_id="fresh")
                 question = gr.Textbox(
                     label="Question", lines=2, max_lines=6, placeholder="how many red circles are there?", elem_id="question"

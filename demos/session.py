@@ -20,7 +20,8 @@ class Session:
     def __init__(self, model: KimiVL, chat: Chat, name: str):
         self.model, self.chat = model, chat
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        self.model_name = f"{name}, " + (f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M") + " parameters"
+        size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
+        self.model_name = f"{name}, {size} parameters"
         self._busy = threading.Lock()
         self._asking: dict[str, threading.Event] = {}  # visitor -> to be set when what they asked last should stop
 

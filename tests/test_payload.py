@@ -109,7 +109,7 @@ def test_three_hundred_tokens_of_the_study_model_stay_under_two_megabytes():
 
 
 def test_a_full_size_run_is_averaged_and_says_so():
-    run = made_run(size=(640, 480), reply=40, layers=27, heads=16, experts=64, top_k=6)
+    run = made_run(size=(640, 480), reply=14, layers=27, heads=16, experts=64, top_k=6)
     shown = payload(run)
     assert shown["averaged"] == "heads"
     whole = run.picture_attention.astype(np.float32)

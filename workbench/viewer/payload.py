@@ -148,7 +148,8 @@ def unpack_array(packed: dict[str, Any]) -> np.ndarray:
 def _attention(attention: np.ndarray) -> tuple[tuple[np.ndarray, str], str]:
     """((L or 1, H or 1, rows, M) array, its kind), and in words what was averaged to stay small ("" for nothing)."""
     attention = np.asarray(attention, np.float32)
-    for axes, averaged in (((), ""), ((1,), "heads"), ((0, 1), "layers and heads")):
+    smaller, averaged = attention, ""
+    for axes, averaged in (((), ""), ((1,), "heads"), ((0, 1), "layers and heads")):  # noqa: B007, it is returned
         smaller = attention.mean(axis=axes, keepdims=True) if axes else attention
         if smaller.size < ATTENTION_BYTES or len(pack_array(smaller, "root8")["data"]) < ATTENTION_BYTES * 4 // 3:
             break
