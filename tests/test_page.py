@@ -153,17 +153,17 @@ def check_numbers(page, run: Run, rows: list[int], layer: int | None = None, hea
     assert all(close(cell, value) for cell, value in zip(shown, heat, strict=True))
     assert close(part(page, "parts-legend").locator("[data-group=picture]").inner_text(), mass[run.role_names.index("image 0")])
     assert close(part(page, "parts-legend").locator("[data-group=question]").inner_text(), mass[run.role_names.index("user")])
-    l = int(part(page, "table-layer").input_value())
+    layer = int(part(page, "table-layer").input_value())
     for name, score, bias, total, weight in rows_of(part(page, "expert-table")):
         e = int(name.split(" ")[0])
-        picked = (run.chosen[l][rows] == e).any(-1)
-        mean = run.scores[l][rows, e].astype(np.float32).mean()
+        picked = (run.chosen[layer][rows] == e).any(-1)
+        mean = run.scores[layer][rows, e].astype(np.float32).mean()
         assert float(score) == pytest.approx(mean, abs=0.006)
         assert float(bias.replace("−", "-")) == pytest.approx(run.bias[l, e], abs=0.006)
         assert float(total) == pytest.approx(mean + run.bias[l, e], abs=0.006)
         assert (weight == "none") == (not picked.any())
         if picked.any():
-            weights = np.where(run.chosen[l][rows] == e, run.weights[l][rows], 0).astype(np.float32).sum(-1).mean()
+            weights = np.where(run.chosen[layer][rows] == e, run.weights[layer][rows], 0).astype(np.float32).sum(-1).mean()
             assert float(weight) == pytest.approx(weights, abs=0.006)
 
 
@@ -199,8 +199,8 @@ def test_one_layer_one_head_a_span_and_the_moment_after(visit, opening):
     shares = rows_of(part(visit, "share-table"))
     rows = np.arange(first, last + 1)
     for e, line in enumerate(shares):
-        for l, cell in enumerate(line[1:]):
-            assert close(cell, (opening.chosen[l][rows] == e).any(-1).mean())
+        for layer, cell in enumerate(line[1:]):
+            assert close(cell, (opening.chosen[layer][rows] == e).any(-1).mean())
 
 
 def test_pointing_at_a_patch_names_its_token_and_share(visit, opening):
