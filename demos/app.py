@@ -110,10 +110,10 @@ def build(session: Session) -> gr.Blocks:
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     size = gr.Dropdown(list(SIZES), value=next(iter(SIZES)), label="Drawn scene", filterable=False)
                     scene_seed = gr.Number(0, label="Scene seed", precision=0, minimum=0, maximum=LARGEST_SEED)
-                    temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", info="0 takes the likeliest word")
-                    budget = gr.Number(None, label="Thought budget, tokens", info="empty: no limit", precision=0, minimum=0)
-                    longest = gr.Slider(16, 2048, 256, step=16, label="Longest reply, tokens")
-                    seed = gr.Number(None, label="Sampling seed", info="empty: random", precision=0, minimum=0)
+                    temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", buttons=[])
+                    budget = gr.Number(None, label="Thought budget, tokens", placeholder="no limit", precision=0, minimum=0)
+                    longest = gr.Slider(16, 2048, 256, step=16, label="Longest reply, tokens", buttons=[])
+                    seed = gr.Number(None, label="Sampling seed", placeholder="another each time", precision=0, minimum=0)
                 keep = gr.DownloadButton("Keep this run (one HTML file)", interactive=False, size="sm", elem_id="keep")
             with gr.Column(elem_id="see", min_width=0):
                 viewer = Viewer(elem_id="viewer")
@@ -144,7 +144,7 @@ def build(session: Session) -> gr.Blocks:
             gr.on([changed], draw, [family, scene_seed, size], scene, **hidden)
         picture.upload(page.check, picture, None, **hidden).failure(lambda: None, None, picture, **hidden)
         stop.click(page.stop, None, None, queue=False, **hidden)
-        app.load(page.opening, None, [viewer, *scene], **hidden)
+        app.load(page.opening, None, [viewer, keep, *scene], **hidden)
         app.unload(page.stop)
     return app
 

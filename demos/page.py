@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import threading
 import time
@@ -79,7 +80,9 @@ class Page:
 
     def __init__(self, session: Session):
         self.session = session
-        self._opening: dict[str, Any] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="kimi-vl-")  # removed when the page's process ends
+        self._kept = itertools.count()
+        self._opening: tuple[Any, ...] | None = None
         self._opening_lock = threading.Lock()
 
     def check(self, upload: str | None) -> None:
@@ -139,13 +142,17 @@ class Page:
     def _finished(self, run: Run, drawn: Drawn | None, picture: Picture | None, *buttons: Any) -> tuple[Any, ...]:
         note = "" if run.finished else "Cut off: it was stopped, or reached the longest reply."
         shown = payload(run, truth=truth(drawn, picture, run.question, run.answer), note=note)
-        folder = Path(tempfile.mkdtemp(prefix="kimi-vl-"))  # Gradio copies the file to its cache, and clears that
-        kept = folder / "kimi-vl-run.html"
-        kept.write_text(standalone(shown), encoding="utf-8")
-        return shown, *buttons, gr.DownloadButton(value=kept, interactive=True)
+        return shown, *buttons, self._keep(shown)
+
+    def _keep(self, shown: dict[str, Any], name: str | None = None) -> gr.DownloadButton:
+        """The button with the run as a file. Gradio copies the file at once, so that a few places are enough for all."""
+        file = Path(self._folder.name) / (name or f"{next(self._kept) % 32}") / "kimi-vl-run.html"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(standalone(shown), encoding="utf-8")
+        return gr.DownloadButton(value=file, interactive=True)
 
     def opening(self) -> tuple[Any, ...]:
-        """(viewer, picture, question, what was drawn): the finished example to open on, computed once for all visitors."""
+        """(viewer, keep button, picture, question, what was drawn): a finished example, computed once for all visitors."""
         drawn = (*EXAMPLES[0], "full")
         scene, question = scene_of(drawn)
         with self._opening_lock:
@@ -155,8 +162,10 @@ class Page:
                     if isinstance(item, Run):
                         known = truth(drawn, picture, question.text, item.answer)
                         # a newcomer should first see a word that was read from the picture, whichever it is
-                        self._opening = payload(item, truth=known) | {"start": "looking"}
-        return self._opening, scene.image, question.text, drawn
+                        shown = payload(item, truth=known) | {"start": "looking"}
+                        self._opening = shown, self._keep(shown, "opening"), scene.image, question.text, drawn
+            assert self._opening is not None
+            return self._opening
 
     def stop(self, request: gr.Request) -> None:
         self.session.stop(str(request.session_hash))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from workbench import cli
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return str(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_what_the_library_raises_is_one_sentence(error, says, capsys, monkeypatc
         raise error
 
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=fail))
-    assert cli.main(["demo"]) == 2
+    assert cli.main(["demo", "--port", free_port()]) == 2
     assert capsys.readouterr().err == f"kimi-vl: {says}\n"
 
 
@@ -63,15 +69,25 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
 
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=fail))
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["demo"])
+        cli.main(["demo", "--port", free_port()])
 
 
 def test_demo_starts_the_page_with_what_was_asked_for(monkeypatch):
     calls = []
     page = SimpleNamespace(main=lambda **options: calls.append(options))
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: {"demos.app": page}[name])
-    assert cli.main(["demo", "--model", "folder", "--host", "0.0.0.0", "--port", "8000"]) == 0
-    assert calls == [{"model": "folder", "host": "0.0.0.0", "port": 8000}]
+    port = free_port()
+    assert cli.main(["demo", "--model", "folder", "--host", "0.0.0.0", "--port", port]) == 0
+    assert calls == [{"model": "folder", "host": "0.0.0.0", "port": int(port)}]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
+def test_a_port_that_cannot_be_opened_is_one_sentence(host: str, capsys: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["demo", "--host", host, "--port", port]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"kimi-vl: port {port} at {host} cannot be opened") and err.count("\n") == 1
 
 
 def test_a_reply_is_printed_once_as_it_grows(capsys):

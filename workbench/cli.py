@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -89,6 +90,12 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ) -> None:
     """Open the page in which to ask and to look inside."""
+    try:
+        socket.create_server((host, port)).close()  # before a model is loaded for nothing
+    except OSError as error:
+        raise ValueError(
+            f"port {port} at {host} cannot be opened ({error.strerror}); choose another with --port or --host"
+        ) from error
     # The rooms open one way, workbench <- demos, so this is no import statement: the workbench needs nothing
     # of the page, and only this command starts it. The import test allows this one line.
     importlib.import_module("demos.app").main(model=model, host=host, port=port)

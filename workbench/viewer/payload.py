@@ -26,18 +26,20 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 VERSION = 1
-ATTENTION_BYTES = 1_000_000  # compressed; a longer run keeps the mean over heads, then over layers, and says so
+ATTENTION_BYTES = 4_000_000  # compressed; a longer run keeps the mean over heads, then over layers, and says so
 SHOWN_SIDE = 1280  # pixels; a larger picture is shown smaller, its geometry stays that of the original
 
 
-def payload(run: Run, *, truth: dict[str, Any] | None = None, note: str = "") -> dict[str, Any]:
+def payload(
+    run: Run, *, truth: dict[str, Any] | None = None, note: str = "", attention_bytes: int = ATTENTION_BYTES
+) -> dict[str, Any]:
     """Everything the viewer shows of a run. `truth` = {"answer": str, "right": bool} where the true answer is known.
 
     Rows are the positions from `first_row` on: the question and what was written. Visual tokens are not listed as words.
     """
     words = [at for at, role in enumerate(run.roles) if not role.startswith("image")]
     rows = slice(run.first_row, None)
-    attention, averaged = _attention(run.picture_attention)
+    attention, averaged = _attention(run.picture_attention, attention_bytes)
     mass = np.asarray(run.role_mass, np.float32)
     if averaged:  # both panels must speak of the same heads
         mass = _like(mass, attention[0])
@@ -145,13 +147,13 @@ def unpack_array(packed: dict[str, Any]) -> np.ndarray:
     return stored
 
 
-def _attention(attention: np.ndarray) -> tuple[tuple[np.ndarray, str], str]:
+def _attention(attention: np.ndarray, limit: int) -> tuple[tuple[np.ndarray, str], str]:
     """((L or 1, H or 1, rows, M) array, its kind), and in words what was averaged to stay small ("" for nothing)."""
     attention = np.asarray(attention, np.float32)
     smaller, averaged = attention, ""
     for axes, averaged in (((), ""), ((1,), "heads"), ((0, 1), "layers and heads")):  # noqa: B007, it is returned
         smaller = attention.mean(axis=axes, keepdims=True) if axes else attention
-        if smaller.size < ATTENTION_BYTES or len(pack_array(smaller, "root8")["data"]) < ATTENTION_BYTES * 4 // 3:
+        if smaller.size <= limit or 3 * len(pack_array(smaller, "root8")["data"]) <= 4 * limit:  # 4 letters a 3 bytes
             break
     return (smaller, "root8"), averaged
 

@@ -261,6 +261,7 @@ function kimiViewer(host) {
         box.prepend(make("span", "", "none was written"));
       }
     }
+    turns.answer.classList.toggle("long", run.answer.length > 60);
     if (run.truth && (run.answer || run.finished)) {
       const { right, answer } = run.truth;
       const text = right ? "✓ right, as the scene was drawn" : `✗ wrong, the scene says: ${answer}`;
@@ -312,7 +313,7 @@ function kimiViewer(host) {
       for (let token = 0; token < g.tokens; token++) {
         const t = Math.min(1, values[g.first + token] / top);
         const x = (token % g.across) * side, y = Math.floor(token / g.across) * side;
-        if (state.view === "heat") draw.fillStyle = ramp(0.1 + 0.9 * t, Math.min(1, t / 0.15) * (0.22 + 0.5 * t));
+        if (state.view === "heat") draw.fillStyle = ramp(0.1 + 0.9 * t, Math.min(1, t / 0.15) * (0.24 + 0.4 * t));
         else if (state.view === "spotlight") draw.fillStyle = `rgba(10,12,18,${0.8 * (1 - t)})`;
         else continue;
         draw.fillRect(x, y, side, side);
@@ -341,7 +342,7 @@ function kimiViewer(host) {
     for (let k = 1; k < Math.max(columns, rows); k++) {
       const whole = k % g.merge === 0; // a line between tokens, else one between the patches of a token
       if (!whole && step < 7) continue;
-      draw.strokeStyle = whole ? "rgba(20,24,34,.34)" : "rgba(20,24,34,.13)";
+      draw.strokeStyle = `rgba(20,24,34,${whole ? Math.min(0.34, step / 50) : 0.13})`; // thin where the grid is fine
       draw.lineWidth = 1;
       draw.beginPath();
       if (k < columns) { draw.moveTo(k * step, 0); draw.lineTo(k * step, rows * step); }
@@ -441,10 +442,10 @@ function kimiViewer(host) {
   }
   function drawHeads() {
     const canvas = part("heads"), shares = headShares(), rows = shares.length, columns = shares[0].length, left = 34, top = 16;
-    const room = roomFor(canvas), wide = Math.min(52, (room - left) / columns), tall = Math.max(10, Math.min(20, 130 / rows));
+    const room = roomFor(canvas), wide = Math.min(90, (room - left) / columns), tall = Math.max(10, Math.min(20, 130 / rows));
     const draw = sized(canvas, room, top + rows * tall + 2);
     draw.fillStyle = colour("soft");
-    for (let h = 0; h < columns; h++) if (wide > 20 || h % 4 === 0) draw.fillText(`${h}`, left + (h + 0.5) * wide - 3, 7);
+    for (let h = 0; h < columns; h++) if (wide > 20 || h % 4 === 0) draw.fillText(run.averaged ? "mean" : `${h}`, left + (h + 0.5) * wide - (run.averaged ? 14 : 3), 7);
     shares.forEach((line, l) => {
       if (tall > 13 || l % 3 === 0) { draw.fillStyle = colour("soft"); draw.fillText(`L${l}`, 0, top + (l + 0.5) * tall); }
       line.forEach((share, h) => {
@@ -460,8 +461,9 @@ function kimiViewer(host) {
     });
     canvas.pick = (x, y) => [Math.floor((y - top) / tall), Math.floor((x - left) / wide)];
     const all = shares.flat(), best = all.indexOf(Math.max(...all));
-    const most = `layer ${Math.floor(best / columns)}, head ${best % columns}: ${percent(all[best])}`;
-    say("head-word", `Most: ${most}. Click a cell to look through that head.`);
+    const place = [rows > 1 && `layer ${Math.floor(best / columns)}`, columns > 1 && `head ${best % columns}`].filter(Boolean).join(", ");
+    const most = `${place || "mean of all"}: ${percent(all[best])}`, why = `${run.averaged} are averaged, to keep so long a run small`;
+    say("head-word", `Most: ${most}. ${run.averaged ? capital(why) : "Click a cell to look through that head"}.`);
     canvas.setAttribute("aria-label", `Share of attention on the picture for each layer and head; most in ${most}`);
     fillTable("head-table", ["layer", ...shares[0].map((_, h) => `head ${h}`)], shares.map((line, l) => [l, ...line.map(percent)]));
   }
@@ -564,7 +566,7 @@ function kimiViewer(host) {
     strip.replaceChildren();
     const writing = run.answer ? "answer" : run.thought ? "thought" : "";
     for (const name of ["question", "thought", "answer"]) {
-      const turn = make("div", `turn ${name}`), box = make("div", `plain${name === writing ? " caret" : ""}`, run[name]);
+      const turn = make("div", `turn ${name}`), box = make("div", `plain${name === writing ? " caret" : ""}${run[name].length > 60 ? " long" : ""}`, run[name]);
       turn.hidden = name !== "question" && !run[name];
       turn.append(make("span", "", name), box);
       strip.append(turn);
