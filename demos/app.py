@@ -24,6 +24,8 @@ from .page import EXAMPLES, LARGEST_SEED, SIZES, Page, draw, scene_of
 from .session import Session
 
 UPLOAD_LIMIT = "32mb"
+# An emptied number box of Gradio shows 0, which would be a budget; so the budget is a list.
+BUDGETS = [("no limit", -1), ("none, answer at once", 0)] + [(f"{n} tokens", n) for n in (4, 8, 16, 32, 64, 128, 256, 512)]
 
 
 class Upload(gr.Image):
@@ -111,9 +113,9 @@ def build(session: Session) -> gr.Blocks:
                     size = gr.Dropdown(list(SIZES), value=next(iter(SIZES)), label="Drawn scene", filterable=False)
                     scene_seed = gr.Number(0, label="Scene seed", precision=0, minimum=0, maximum=LARGEST_SEED)
                     temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", buttons=[])
-                    budget = gr.Number(None, label="Thought budget, tokens", placeholder="no limit", precision=0, minimum=0)
+                    budget = gr.Dropdown(BUDGETS, value=-1, label="Thought budget", filterable=False)
                     longest = gr.Slider(16, 2048, 256, step=16, label="Longest reply, tokens", buttons=[])
-                    seed = gr.Number(None, label="Sampling seed", placeholder="another each time", precision=0, minimum=0)
+                    seed = gr.Number(0, label="Sampling seed", precision=0, minimum=0, maximum=LARGEST_SEED)
                 keep = gr.DownloadButton("Keep this run (one HTML file)", interactive=False, size="sm", elem_id="keep")
             with gr.Column(elem_id="see", min_width=0):
                 viewer = Viewer(elem_id="viewer")

@@ -99,7 +99,7 @@ class Page:
         question: str,
         drawn: Drawn | None,
         temperature: float,
-        budget: float | None,
+        budget: int,
         longest: float,
         seed: float | None,
         request: gr.Request,
@@ -114,9 +114,9 @@ class Page:
                 picture,
                 question,
                 temperature=float(temperature),
-                thought_budget=None if budget is None else int(budget),
+                thought_budget=None if budget < 0 else budget,
                 max_new_tokens=int(longest),
-                seed=None if seed is None else int(seed),
+                seed=int(seed or 0),
             )
             known = {"model": self.session.model_name, "device": self.session.device, "question": question.strip()}
             so_far = progress([picture] if picture else [], note="Reading the picture and the question…", **known)

@@ -245,6 +245,7 @@ function kimiViewer(host) {
       // the blank before a word stays outside it, so that the mark of the selection hugs the word
       const blank = /^ \S/.test(text);
       tok.textContent = blank ? text.slice(1) : text.replace(/\n/g, "⏎\n") || "∅";
+      tok.classList.toggle("blank", !text.trim());
       tok.classList.toggle("template", isTemplate(w));
       tok.classList.toggle("off", rowOf(w, "read") < 0 && rowOf(w, "write") < 0);
       tok.id = `word-${w}`;
