@@ -1,5 +1,7 @@
-"""`python -m demos`: the page with the study model; `kimi-vl demo` takes options."""
+"""`python -m demos` opens the page, like `kimi-vl demo`, and takes the same options."""
 
-from .app import main
+import sys
 
-main()
+from workbench.cli import main
+
+sys.exit(main(["demo", *sys.argv[1:]]))

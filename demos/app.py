@@ -9,6 +9,7 @@ import base64
 import html
 import os
 import random
+import threading
 from io import BytesIO
 from typing import Any
 
@@ -76,9 +77,9 @@ def header(session: Session) -> str:
     return f'<header>{title}<p class="weights">{facts}</p></header>'
 
 
-def build(session: Session) -> gr.Blocks:
+def build(session: Session, page: Page | None = None) -> gr.Blocks:
     """The page over a loaded model. Show it with `launch` below, which brings the theme and the limits."""
-    page = Page(session)
+    page = page or Page(session)
     with gr.Blocks(title="Kimi-VL Workbench", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as app:
         gr.HTML(header(session), elem_id="top", apply_default_css=False)
         drawn = gr.State(None)
@@ -153,7 +154,9 @@ def build(session: Session) -> gr.Blocks:
 
 def launch(session: Session, host: str = "127.0.0.1", port: int | None = 7860, **more: Any) -> gr.Blocks:
     """Serves the page; returns at once with prevent_thread_lock=True. No share link, nothing served but Gradio's cache."""
-    app = build(session).queue(max_size=64)
+    page = Page(session)
+    threading.Thread(target=page.prepare, daemon=True).start()
+    app = build(session, page).queue(max_size=64)
     look: dict[str, Any] = {"theme": theme(), "css": CSS, "footer_links": []}
     app.launch(server_name=host, server_port=port, share=False, max_file_size=UPLOAD_LIMIT, **look, **more)
     return app

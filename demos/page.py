@@ -118,8 +118,7 @@ class Page:
                 max_new_tokens=int(longest),
                 seed=int(seed or 0),
             )
-            known = {"model": self.session.model_name, "device": self.session.device, "question": question.strip()}
-            so_far = progress([picture] if picture else [], note="Reading the picture and the question…", **known)
+            so_far = self._so_far(picture, question.strip(), "Reading the picture and the question…")
             if question.strip():
                 yield so_far, *working
             shown = 0.0
@@ -139,6 +138,10 @@ class Page:
             yield {"kind": "none"}, *idle, gr.skip()
             raise toast(error) from error
 
+    def _so_far(self, picture: Picture | None, question: str, note: str) -> dict[str, Any]:
+        known = {"model": self.session.model_name, "device": self.session.device}
+        return progress([picture] if picture else [], question=question, note=note, **known)
+
     def _finished(self, run: Run, drawn: Drawn | None, picture: Picture | None, *buttons: Any) -> tuple[Any, ...]:
         note = "" if run.finished else "Cut off: it was stopped, or reached the longest reply."
         shown = payload(run, truth=truth(drawn, picture, run.question, run.answer), note=note)
@@ -151,21 +154,29 @@ class Page:
         file.write_text(standalone(shown), encoding="utf-8")
         return gr.DownloadButton(value=file, interactive=True)
 
-    def opening(self) -> tuple[Any, ...]:
-        """(viewer, keep button, picture, question, what was drawn): a finished example, computed once for all visitors."""
+    def opening(self) -> Iterator[tuple[Any, ...]]:
+        """(viewer, keep button, picture, question, what was drawn): a finished example, made once for all visitors."""
         drawn = (*EXAMPLES[0], "full")
         scene, question = scene_of(drawn)
+        picture = self.session.picture(scene.image)
+        if self._opening is None:
+            note = "Answering an example first, so that there is something to look at…"
+            yield self._so_far(picture, question.text, note), gr.skip(), scene.image, question.text, drawn
         with self._opening_lock:
             if self._opening is None:
-                picture = self.session.picture(scene.image)
                 for item in self.session.answer("the opening", picture, question.text, max_new_tokens=128):
                     if isinstance(item, Run):
                         known = truth(drawn, picture, question.text, item.answer)
                         # a newcomer should first see a word that was read from the picture, whichever it is
                         shown = payload(item, truth=known) | {"start": "looking"}
                         self._opening = shown, self._keep(shown, "opening"), scene.image, question.text, drawn
-            assert self._opening is not None
-            return self._opening
+        assert self._opening is not None
+        yield self._opening
+
+    def prepare(self) -> None:
+        """Makes the example before anybody comes."""
+        for _ in self.opening():
+            pass
 
     def stop(self, request: gr.Request) -> None:
         self.session.stop(str(request.session_hash))

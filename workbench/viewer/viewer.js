@@ -6,7 +6,7 @@ function kimiViewer(host) {
   "use strict";
   const CSS = `@CSS@`;
   const SKELETON = `
-  <div class="kv hide-template"><div class="cols">
+  <div class="kv hide-template waiting"><div class="cols">
     <section class="look" aria-label="Picture">
       <h2>Picture <i data-part="size"></i></h2>
       <div class="controls" data-part="pictures" hidden></div>
