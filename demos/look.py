@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gradio as gr
+from gradio import themes
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
@@ -35,14 +35,14 @@ _WHERE = {
 }
 
 
-def theme() -> gr.themes.Base:
+def theme() -> themes.Base:
     sans = ["Inter", "system-ui", "Segoe UI", "sans-serif"]
-    made = gr.themes.Base(
-        primary_hue=gr.themes.colors.blue,
-        neutral_hue=gr.themes.colors.gray,
-        radius_size=gr.themes.sizes.radius_sm,
-        spacing_size=gr.themes.sizes.spacing_sm,
-        text_size=gr.themes.sizes.text_sm,
+    made = themes.Base(
+        primary_hue=themes.colors.blue,
+        neutral_hue=themes.colors.gray,
+        radius_size=themes.sizes.radius_sm,
+        spacing_size=themes.sizes.spacing_sm,
+        text_size=themes.sizes.text_sm,
         font=sans,
         font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
     )

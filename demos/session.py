@@ -49,9 +49,7 @@ class Session:
         image = open_image(Path(source).read_bytes() if isinstance(source, str | Path) else source)
         return Picture(image, self.chat.processor.grid(*image.size))
 
-    def answer(
-        self, visitor: str, picture: Picture | None, question: str, **settings: Any
-    ) -> Iterator[Reply | Run | None]:
+    def answer(self, visitor: str, picture: Picture | None, question: str, **settings: Any) -> Iterator[Reply | Run | None]:
         """Yields None while others are served, then the growing Reply, then the Run; settings as for `record`.
 
         Asking again stops what the same visitor asked before. Raises ValueError with a sentence for the visitor.

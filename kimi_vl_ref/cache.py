@@ -1,7 +1,7 @@
 """What decoding remembers: per layer and token one normed latent and one rotated key, 576 numbers in Kimi-VL-A3B.
 
-Rows of a batch may hold different numbers of tokens; a row's token t lies in slot t. Letters: B rows, S slots, R
-latent.
+Rows of a batch may hold different numbers of tokens; a row's token t lies in slot t.
+Letters: B rows, S slots, R latent.
 """
 
 from __future__ import annotations

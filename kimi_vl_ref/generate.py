@@ -20,9 +20,7 @@ from .thought import CLOSE_THOUGHT, OPEN_THOUGHT, ThoughtSplitter
 
 @dataclass(frozen=True)
 class Step:
-    """One new token for each row; None where the row has ended. Entropies in nats, of the distribution at temperature
-    1.
-    """
+    """One new token for each row; None where the row has ended. Entropies in nats, at temperature 1."""
 
     tokens: list[int | None]
     logprobs: list[float]

@@ -89,6 +89,14 @@ def rows_of(table) -> list[list[str]]:
     return table.locator("tbody tr").evaluate_all("rows => rows.map(r => [...r.cells].map(c => c.textContent))")
 
 
+def open_table(page, name: str) -> list[list[str]]:
+    table = part(page, name)
+    if table.get_attribute("open") is None:
+        table.locator("summary").click()
+    table.locator("tbody tr").first.wait_for()
+    return rows_of(table)
+
+
 def select(page, run: Run, position: int, **how) -> None:
     words = [at for at, role in enumerate(run.roles) if not role.startswith("image")]
     page.locator(f"#word-{words.index(position)}").click(**how)
@@ -145,10 +153,7 @@ def check_numbers(page, run: Run, rows: list[int], layer: int | None = None, hea
     chosen = (slice(None) if layer is None else [layer], slice(None) if head is None else [head])
     heat = run.picture_attention.astype(np.float32)[chosen[0]][:, chosen[1]][:, :, at].mean((0, 1, 2))
     mass = run.role_mass.astype(np.float32)[chosen[0]][:, chosen[1]][:, :, at].mean((0, 1, 2))
-    table = part(page, "heat-table")
-    if table.get_attribute("open") is None:
-        table.locator("summary").click()
-    shown = [cell for row in rows_of(table) for cell in row[1:]]
+    shown = [cell for row in open_table(page, "heat-table") for cell in row[1:]]
     assert len(shown) == len(heat)
     assert all(close(cell, value) for cell, value in zip(shown, heat, strict=True))
     assert close(part(page, "parts-legend").locator("[data-group=picture]").inner_text(), mass[run.role_names.index("image 0")])
@@ -193,10 +198,10 @@ def test_one_layer_one_head_a_span_and_the_moment_after(visit, opening):
     check_numbers(visit, opening, list(range(first, last + 1)), 2, 1)
     # the experts of the layer that was picked
     assert part(visit, "table-layer").input_value() == str(opening.moe_layers.index(2))
-    for table, columns in (("share-table", opening.n_experts), ("head-table", opening.picture_attention.shape[0])):
-        part(visit, table).locator("summary").click()
-        assert len(rows_of(part(visit, table))) == columns
-    shares = rows_of(part(visit, "share-table"))
+    assert len(open_table(visit, "head-table")) == opening.picture_attention.shape[0]
+    assert len(open_table(visit, "track-table")) >= len(opening.positions("thought", "answer"))
+    shares = open_table(visit, "share-table")
+    assert len(shares) == opening.n_experts
     rows = np.arange(first, last + 1)
     for e, line in enumerate(shares):
         for layer, cell in enumerate(line[1:]):
@@ -220,7 +225,7 @@ def test_pointing_at_a_patch_names_its_token_and_share(visit, opening):
 def test_arrow_keys_move_and_extend_the_selection(visit, opening):
     words = [at for at, role in enumerate(opening.roles) if not role.startswith("image")]
     position = int(opening.positions("thought")[1])
-    part(visit, "heat-table").locator("summary").click()
+    open_table(visit, "heat-table")  # now, as it takes the focus
     select(visit, opening, position)
     visit.keyboard.press("ArrowRight")
     check_numbers(visit, opening, [position])
@@ -258,7 +263,9 @@ def slow(session, monkeypatch):
 def test_stop_keeps_what_was_written(visit, slow):
     visit.locator("#question textarea").fill("list everything.")
     visit.locator("#ask-button").click()
-    visit.wait_for_function("document.querySelector('#viewer .viewer').shadowRoot.querySelector('.caret')?.textContent.length > 5")
+    visit.wait_for_function(
+        "document.querySelector('#viewer .viewer').shadowRoot.querySelector('.caret')?.textContent.length > 5"
+    )
     pressed = time.monotonic()
     visit.locator("#stop-button").click()
     visit.wait_for_selector("[data-showing=run]")
@@ -277,7 +284,9 @@ def test_visitors_wait_for_each_other_and_one_who_leaves_holds_nothing(visit, sl
     other.locator("#ask-button").click()
     other.wait_for_selector(".caret")
     visit.locator("#ask-button").click()
-    visit.wait_for_function("document.querySelector('#viewer .viewer').shadowRoot.querySelector('[data-part=note]').textContent.includes('Waiting')")
+    visit.wait_for_function(
+        "document.querySelector('#viewer .viewer').shadowRoot.querySelector('[data-part=note]').textContent.includes('Waiting')"
+    )
     other.context.close()  # in the middle of the answer
     visit.wait_for_selector("[data-showing=run]")
     assert visit.locator(".answer .tok:not(.template)").count() >= 1
@@ -295,6 +304,7 @@ def saved(image: Image.Image, form: str, **how) -> bytes:
 
 def bomb() -> bytes:
     """A PNG of a few kB that says it is 10,000 x 10,000 pixels."""
+
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -370,7 +380,7 @@ def test_bad_questions_are_refused_and_a_good_one_follows(visit):
 
 
 def test_html_in_a_question_stays_text(visit):
-    question = "<img src=x onerror=\"window.hit=1\"><b>how many</b> ${1+1} {{value}} <|im_end|>?"
+    question = '<img src=x onerror="window.hit=1"><b>how many</b> ${1+1} {{value}} <|im_end|>?'
     ask(visit, question)
     shown = "".join(part(visit, "strip").locator(".question > div").all_text_contents())
     assert question in shown
