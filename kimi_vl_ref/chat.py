@@ -20,7 +20,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from .config import KimiVLConfig
+from .config import KimiVLConfig, read_json
 from .images import ImageProcessor, Picture
 from .thought import CLOSE_THOUGHT, OPEN_THOUGHT
 
@@ -245,6 +245,8 @@ class Chat:
         folder = Path(path)
         tokenizer = Tokenizer.from_folder(folder)
         chat = cls(tokenizer, ImageProcessor.from_json(folder / "preprocessor_config.json"))
+        if (folder / "generation_config.json").exists():
+            chat.stop_ids |= _end_tokens(folder / "generation_config.json", tokenizer.vocab_size)
         if config is None:
             return chat
         pad, processor = tokenizer.special["<|media_pad|>"], chat.processor
@@ -494,3 +496,13 @@ def _element(element: Any, at: int) -> tuple[str, Any]:
     if source is None:
         raise ValueError(f'message {at} has an image element without a picture; give it as "image"')
     return "image", source
+
+
+def _end_tokens(path: Path, vocab_size: int) -> frozenset[int]:
+    """The end tokens that `generation_config.json` names, one id or a list of them."""
+    named = read_json(path).get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    for id in ids:
+        if type(id) is not int or not 0 <= id < vocab_size:
+            raise TokenizerError(f"{path}: eos_token_id={named!r} should be token ids from 0 to {vocab_size - 1}")
+    return frozenset(ids)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
-from kimi_vl_ref import generate, load, reply, stream_reply
+from kimi_vl_ref import Chat, checkpoint_folder, generate, load, reply, stream_reply
 from kimi_vl_ref.chat import collate
 from kimi_vl_ref.generate import ThoughtBudget, choose, prefill
 from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
@@ -190,3 +193,16 @@ def test_more_placeholders_than_visual_tokens_are_refused(study, asked):
     inputs.input_ids[0, 0] = model.config.media_placeholder_token_id
     with pytest.raises(ValueError, match="picture placeholders but the pictures make"):
         next(iter(generate(model, inputs)))
+
+
+def test_generation_config_adds_end_tokens(tmp_path):
+    for file in ("tiktoken.model", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copy(checkpoint_folder("study") / file, tmp_path)
+    usual = Chat.from_folder(tmp_path).stop_ids
+    for named, added in ((7, {7}), ([7, 9], {7, 9}), (None, set())):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert Chat.from_folder(tmp_path).stop_ids == usual | added
+    for damaged in ("x", [-1], [10**6], [True]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": damaged}))
+        with pytest.raises(ValueError, match="eos_token_id"):
+            Chat.from_folder(tmp_path)
