@@ -36,22 +36,22 @@ def picture_heat(picture: Picture, heat: Any, *, vmax: float | None = None, titl
     grid, values = picture.grid, np.asarray(heat, np.float32)
     if values.shape != grid.token_grid:
         raise ValueError(f"a heat of shape {values.shape} does not fit a picture of {grid.token_grid} visual tokens")
-    scale = _scale(values, vmax)
+    scale = colour_scale(values, vmax)
     image = picture.image.copy()
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     width, height = grid.original
     tall = float(np.clip(4.3 * height / width, 1.6, 7))
     figure = Figure(figsize=(10, tall + 1.0), layout="constrained")
     seen, hot = figure.subplots(1, 2)
-    _show(seen, image, grid, lines="0.45")
-    _show(hot, _faint(image), grid, lines="white")
-    x, y = _edges(grid, grid.merge)
+    show_picture(seen, image, grid, lines="0.45")
+    show_picture(hot, faint(image), grid, lines="white")
+    x, y = edges(grid, grid.merge)
     mesh = hot.pcolormesh(x, y, values, norm=scale, cmap=COLOURS, alpha=STRENGTH, linewidth=0, rasterized=True)
     rows, columns = grid.token_grid
     seen.set_title(f"{width} x {height} pixels, {rows} x {columns} visual tokens", fontsize=9)
     hot.set_title("one colour a visual token", fontsize=9)
-    _bar(figure, mesh, hot, "attention", above=bool(values.size) and float(values.max()) > float(scale.vmax or 0))
-    return _named(figure, title, model_name)
+    colour_bar(figure, mesh, hot, "attention", above=bool(values.size) and float(values.max()) > float(scale.vmax or 0))
+    return named(figure, title, model_name)
 
 
 def attention_heat(
@@ -89,21 +89,21 @@ def expert_load(
     count = run.chosen.shape[1] if positions is None else len(_positions(run, positions))
     figure = Figure(figsize=(min(12, 3.5 + 0.14 * run.n_experts), 2.0 + 0.18 * len(share)), layout="constrained")
     axes = figure.subplots()
-    scale = _scale(share, vmax)
+    scale = colour_scale(share, vmax)
     image = axes.imshow(share, norm=scale, cmap=COLOURS, aspect="auto", interpolation="nearest")
     axes.set_xlabel("expert")
     axes.set_ylabel("decoder layer")
     ticks = range(0, len(share), -(-len(share) // 14))
     axes.set_yticks(ticks, [str(run.moe_layers[at]) for at in ticks])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    bar = _bar(figure, image, axes, "share of tokens (line: chance)", above=float(share.max()) > float(scale.vmax or 0))
+    bar = colour_bar(figure, image, axes, "share of tokens (line: chance)", above=float(share.max()) > float(scale.vmax or 0))
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     chance = top_k / run.n_experts
     if chance < float(scale.vmax or 0):
         bar.ax.axhline(chance, color="white", linewidth=3)
         bar.ax.axhline(chance, color="black", linewidth=1.2)
     name = f"{title or 'Experts chosen'}, {count} tokens; by chance {chance:.1%} each ({top_k} of {run.n_experts})"
-    return _named(figure, name, run.model_name)
+    return named(figure, name, run.model_name)
 
 
 def _positions(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -116,26 +116,26 @@ def _positions(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _scale(values: np.ndarray, vmax: float | None) -> Normalize:
+def colour_scale(values: np.ndarray, vmax: float | None) -> Normalize:
     if vmax is not None and not vmax > 0:
         raise ValueError(f"vmax={vmax} leaves no scale; give a number above 0")
     largest = float(np.nanmax(values)) if values.size else 0.0
     return Normalize(0, vmax if vmax is not None else (largest or 1.0))
 
 
-def _show(axes: Axes, image: Image.Image, grid: PatchGrid, lines: str) -> None:
+def show_picture(axes: Axes, image: Image.Image, grid: PatchGrid, lines: str) -> None:
     """A picture in its own pixel coordinates, with thin lines between patches and stronger ones between visual tokens."""
     width, height = grid.original
     axes.imshow(np.asarray(image), extent=(0, width, height, 0), interpolation="bilinear", cmap="gray", vmin=0, vmax=255)
     for side, thickness in ((1, 0.4), (grid.merge, 0.9)):
-        x, y = _edges(grid, side)
+        x, y = edges(grid, side)
         if max(len(x), len(y)) <= LINES:
             axes.vlines(x, 0, height, color=lines, linewidth=thickness, alpha=0.5)
             axes.hlines(y, 0, width, color=lines, linewidth=thickness, alpha=0.5)
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
 
 
-def _edges(grid: PatchGrid, side: int) -> tuple[np.ndarray, np.ndarray]:
+def edges(grid: PatchGrid, side: int) -> tuple[np.ndarray, np.ndarray]:
     """x and y of the lines around cells of `side` patches, in pixels of the picture; the last ones are its border."""
     box = grid.patch_box if side == 1 else grid.token_box
     rows, columns = grid.grid if side == 1 else grid.token_grid
@@ -145,18 +145,18 @@ def _edges(grid: PatchGrid, side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(x), np.array(y)
 
 
-def _faint(image: Image.Image) -> Image.Image:
+def faint(image: Image.Image) -> Image.Image:
     """Grey, with the contrast of the middle tones only, so that the colours on it are those of the bar."""
     return ImageOps.grayscale(image).point(lambda value: 80 + value * 0.5)
 
 
-def _bar(figure: Figure, drawn: Any, axes: Axes, label: str, *, above: bool) -> Any:
+def colour_bar(figure: Figure, drawn: Any, axes: Axes, label: str, *, above: bool) -> Any:
     bar = figure.colorbar(drawn, ax=axes, label=label, extend="max" if above else "neither", fraction=0.05, pad=0.02)
     bar.ax.set_facecolor("0.55")
     return bar
 
 
-def _named(figure: Figure, title: str, model_name: str) -> Figure:
+def named(figure: Figure, title: str, model_name: str) -> Figure:
     if title:
         figure.suptitle(title.replace("$", r"\$"), fontsize=11)
     figure.supxlabel(model_name.replace("$", r"\$"), fontsize=8, color="0.35")
