@@ -5,13 +5,16 @@ Train, choose and report scenes therefore never share a content, whatever their 
 (seed, split, level, kind) alone.
 """
 
+from __future__ import annotations
+
 import hashlib
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from .drawing import advance, blend, glyph_ink, grain, shape_ink
 
 PALETTE = {
     "red": (208, 36, 48),
@@ -94,6 +97,20 @@ class Scene:
     @property
     def size(self) -> tuple[int, int]:
         return self.image.size
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [self.image]
+
+    @property
+    def glyphs(self) -> tuple[tuple[str, tuple[float, float, float, float]], ...]:
+        """The digits with their boxes."""
+        return tuple(zip(self.number, self.digit_boxes, strict=True))
+
+    @property
+    def views(self) -> tuple[Scene, ...]:
+        """A scene is the only picture of its conversation."""
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -280,12 +297,12 @@ def _place_number(rng: random.Random, level: Level, width: int, height: int) -> 
     length = rng.randint(*level.digits)
     text = str(rng.randint(10 ** (length - 1) if length > 1 else 0, 10**length - 1))
     font_size, spacing = rng.randint(*level.font), rng.randint(1, 2)
-    while font_size > 8 and sum(_advance(d, font_size) + spacing for d in text) > width - 8:
+    while font_size > 8 and sum(advance(d, font_size) + spacing for d in text) > width - 8:
         font_size -= 1
     pen, glyphs = 0, []
     for digit in text:
         glyphs.append(_Glyph(digit, font_size, pen, 0))
-        pen += _advance(digit, font_size) + spacing
+        pen += advance(digit, font_size) + spacing
     x0, y0, x1, y1 = _union([_glyph_box(g) for g in glyphs])
     dx = rng.randint(2, int(width - 2 - (x1 - x0))) - int(x0)
     dy = rng.randint(2, int(height - 2 - (y1 - y0))) - int(y0)
@@ -300,72 +317,10 @@ def _union(boxes) -> tuple[float, float, float, float]:
 # ---- drawing
 
 
-@lru_cache(maxsize=4096)
-def _ink(shape: str, side: int, half_x: int, half_y: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage and shaded coverage, float32 (h, 3w), of a shape whose box starts 0 or 1 half pixels in.
-
-    Coverage is 0.5 minus the signed distance (pixels) to the outline, clipped to 0..1; shading darkens a rim.
-    Every value stands three times, once a channel: numpy is much faster on long rows.
-    """
-    radius = side / 2
-    u = ((np.arange(side + half_x) + 0.5 - half_x / 2) / radius - 1)[None, :]
-    v = ((np.arange(side + half_y) + 0.5 - half_y / 2) / radius - 1)[:, None]
-    if shape == "circle":
-        distance = np.hypot(u, v) - 1
-    elif shape == "square":
-        distance = np.maximum(abs(u), abs(v)) - 1
-    elif shape == "triangle":
-        distance = np.maximum(v - 1, (2 * abs(u) - v - 1) / 5**0.5)
-    elif shape == "cross":
-        bar = 0.36
-        upright = np.maximum(abs(u) - bar, abs(v) - 1)
-        distance = np.minimum(upright, np.maximum(abs(u) - 1, abs(v) - bar))
-    else:  # star: inside at least four of the five lines through its inner pentagon
-        x, y = u * np.cos(np.pi / 10), (v + 1) / 2 * (1 + np.cos(np.pi / 5)) - 1
-        tips = [2 * np.pi * k / 5 - np.pi / 2 for k in range(5)]
-        lines = np.stack([x * np.cos(t) + y * np.sin(t) - np.cos(0.4 * np.pi) for t in tips])
-        distance = np.sort(lines, axis=0)[-2] / np.cos(np.pi / 10)
-    distance = distance * radius
-    cover, rim = np.clip(0.5 - distance, 0, 1), np.clip(distance + 2.2, 0, 1)
-    return _three(cover), _three(cover * (1 - 0.16 * rim))
-
-
-def _three(mask: np.ndarray) -> np.ndarray:
-    return np.repeat(mask.astype(np.float32), 3, axis=1)
-
-
-@lru_cache(maxsize=64)
-def _font(size: int):
-    return ImageFont.load_default(size)
-
-
-@lru_cache(maxsize=1024)
-def _glyph(digit: str, size: int) -> tuple[np.ndarray, int, int]:
-    """Ink of a digit, float32 (h, 3w) without empty edges, and the (x, y) of its corner seen from the pen."""
-    image = Image.new("L", (2 * size, 2 * size))
-    ImageDraw.Draw(image).text((size // 2, size // 4), digit, fill=255, font=_font(size))
-    mask = np.asarray(image, dtype=np.float32) / 255
-    mask[mask < 0.03] = 0
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    ink = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return _three(ink), int(columns[0]) - size // 2, int(rows[0]) - size // 4
-
-
-@lru_cache(maxsize=1024)
-def _advance(digit: str, size: int) -> int:
-    return round(_font(size).getlength(digit))
-
-
 def _glyph_box(glyph: _Glyph) -> tuple[float, float, float, float]:
-    ink, dx, dy = _glyph(glyph.digit, glyph.font_size)
+    ink, dx, dy = glyph_ink(glyph.digit, glyph.font_size)
     x, y = glyph.x + dx, glyph.y + dy
     return float(x), float(y), float(x + ink.shape[1] // 3), float(y + ink.shape[0])
-
-
-@lru_cache(maxsize=1)
-def _grain() -> np.ndarray:
-    """A tile of faint noise, uint8 (512, 3 * 512) of 0..6; pictures show a random window of it."""
-    return np.random.default_rng(0).binomial(6, 0.5, (512, 3 * 512)).astype(np.uint8)
 
 
 def _draw(layout: _Layout, rng: random.Random) -> np.ndarray:
@@ -373,24 +328,17 @@ def _draw(layout: _Layout, rng: random.Random) -> np.ndarray:
     height, width = layout.height, layout.width
     top, left = _below(rng, 512 - height), 3 * _below(rng, 512 - width)
     paper = [232 + _below(rng, 18) for _ in range(3)]
-    canvas = _grain()[top : top + height, left : left + 3 * width] + np.array(paper * width, dtype=np.uint8)
+    canvas = grain()[top : top + height, left : left + 3 * width] + np.array(paper * width, dtype=np.uint8)
     for o in layout.objects:
         x0, y0, x1, _ = o.box
-        ink, shaded = _ink(o.shape, int(x1 - x0), int(2 * x0) % 2, int(2 * y0) % 2)
+        ink, shaded = shape_ink(o.shape, int(x1 - x0), int(2 * x0) % 2, int(2 * y0) % 2)
         colour = [min(255, max(0, c + _below(rng, 21) - 10)) for c in PALETTE[o.colour]]
-        _blend(canvas, int(x0), int(y0), ink, shaded, colour)
+        blend(canvas, int(x0), int(y0), ink, shaded, colour)
     dark = [15 + _below(rng, 45) for _ in range(3)]
     for g in layout.glyphs:
-        ink, dx, dy = _glyph(g.digit, g.font_size)
-        _blend(canvas, g.x + dx, g.y + dy, ink, ink, dark)
+        ink, dx, dy = glyph_ink(g.digit, g.font_size)
+        blend(canvas, g.x + dx, g.y + dy, ink, ink, dark)
     return canvas.reshape(height, width, 3)
-
-
-def _blend(canvas: np.ndarray, x: int, y: int, ink: np.ndarray, shaded: np.ndarray, colour: list[int]):
-    """Lays ink (h, 3w) of one colour over the canvas (height, 3 * width) in place."""
-    h, w3 = ink.shape
-    window = canvas[y : y + h, 3 * x : 3 * x + w3]
-    window[...] = window * (1 - ink) + shaded * np.array(colour * (w3 // 3), dtype=np.float32) + 0.5
 
 
 # ---- dense labels, for teaching the eye alone
@@ -413,7 +361,7 @@ def token_labels(scene: Scene, grid_h: int, grid_w: int, cell: int = 28) -> tupl
     objects, digits = [], []
     for o in scene.objects:
         x0, y0, x1, _ = o.box
-        ink, _ = _ink(o.shape, int(x1 - x0), int(2 * x0) % 2, int(2 * y0) % 2)
+        ink, _ = shape_ink(o.shape, int(x1 - x0), int(2 * x0) % 2, int(2 * y0) % 2)
         label = len(SHAPES) * COLOURS.index(o.colour) + SHAPES.index(o.shape)
         objects.append((label, int(x0), int(y0), ink[:, ::3]))
     for digit, (x0, y0, x1, y1) in zip(scene.number, scene.digit_boxes, strict=True):
