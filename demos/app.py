@@ -24,6 +24,7 @@ from .look import CSS, theme
 from .page import EXAMPLES, LARGEST_SEED, SIZES, Page, draw, scene_of
 from .session import Session
 
+SINGLE = [name for name, family in FAMILIES.items() if family.pictures == "one"]
 UPLOAD_LIMIT = "32mb"
 # An emptied number box of Gradio shows 0, which would be a budget; so the budget is a list.
 BUDGETS = [("no limit", -1), ("none, answer at once", 0)] + [(f"{n} tokens", n) for n in (4, 8, 16, 32, 64, 128, 256, 512)]
@@ -101,7 +102,7 @@ def build(session: Session, page: Page | None = None) -> gr.Blocks:
                 )
                 with gr.Row(elem_id="draw"):
                     family = gr.Dropdown(
-                        list(FAMILIES), value="count", label="Or a fresh scene to", filterable=False, min_width=0
+                        SINGLE, value="count", label="Or a fresh scene to", filterable=False, min_width=0
                     )
                     fresh = gr.Button("Draw", min_width=0, elem_id="fresh")
                 question = gr.Textbox(

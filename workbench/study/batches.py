@@ -1,129 +1,175 @@
-"""Training batches: scenes with several questions each, as whole conversations in the model's own chat format.
+"""Training batches: pictures with several questions each, as conversations in the model's own chat format.
 
-A picture with many questions pays its cost in the eye once. Everything follows from (stage, step, row), so a resumed
-run sees exactly the scenes it would have seen. Letters: B rows, T tokens, N patches.
+The questions about one picture (or one series of pictures) are branches of a tree: they share the tokens up to the end of
+the last picture, which are computed once, and never see each other. All trees of a batch lie in one long row without
+padding. Everything follows from (stage, step, place in the batch), so a resumed run sees exactly what it would have seen.
+Letters: N tokens of all trees, P patches.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kimi_vl_ref.chat import Chat
+from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
 
 from . import families
 from .scenes import LEVELS, Scene, scene
+from .views import Album, View
 
 Grids = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What a stage shows: scene kinds and question families with their shares, and how hard the scenes are."""
+    """What a stage shows: kinds of pictures and, for scenes of objects, question families, with their shares."""
 
-    kinds: dict[str, float]
+    kinds: dict[str, float]  # of scenes.KINDS or families.DRAWN
     families: dict[str, float] = field(default_factory=dict)
     levels: tuple[str, ...] = ("full",)  # walked through in equal parts of the stage
-    questions: int = 5
+    questions: int = 6
+    second_turn: float = 0.15  # share of branches that go on with a second question
+    cut: float = 0.1  # share of thoughts that are cut off and answered as they stand, as a thought budget does
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Several rows may be about one picture: its visual tokens are computed once and go into each."""
+class Sample:
+    """Pictures with everything that stands in them, and what is asked about them."""
 
-    scenes: list[Scene]
-    pixel_values: Tensor  # (N, 3, 14, 14)
+    pictures: Scene | Album
+    questions: list[families.Question]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The trees of a batch, one after another."""
+
+    views: Sequence[Scene | View]  # every picture, in order
+    pixel_values: Tensor  # (P, 3, 14, 14)
     grids: Grids
-    scene_of_row: list[int]
-    input_ids: Tensor  # (B, T)
-    lengths: Tensor  # (B,)
-    supervised: Tensor  # (B, T) bool: this column is written by the assistant, so its predecessor predicts it
-
-    def visual_rows(self, tokens: Tensor) -> Tensor:
-        """Visual tokens (M, D) of the pictures -> those of the rows, in the order of the rows' placeholders."""
-        per_picture = tokens.split([h * w // 4 for h, w in self.grids])
-        return torch.cat([per_picture[index] for index in self.scene_of_row])
+    input_ids: Tensor  # (N,)
+    positions: Tensor  # (N,) counted from the start of the tree; branches count on from the shared part
+    branches: Tensor  # (N,) 0 in the shared part, then 1, 2, ... inside each tree
+    trees: list[tuple[int, int]]  # first and last + 1 of the N
+    targets: Tensor  # (N,) the token that follows where the assistant writes it, else -1
 
 
-def draw_scenes(mix: Mix, seeds: list[int], progress: float) -> list[Scene]:
-    """Training scenes for these seeds; `progress` in [0, 1) through the stage picks the level."""
+def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample]:
+    """Training samples for these seeds; `progress` in [0, 1) through the stage picks the level."""
     kinds, shares = list(mix.kinds), list(mix.kinds.values())
     drawn = []
     for seed in seeds:
         rng = random.Random(seed)
         upto = min(int(progress * len(mix.levels)), len(mix.levels) - 1)
         # mostly the level that is due, sometimes an easier one so that nothing is forgotten
-        level = LEVELS[mix.levels[upto if rng.random() < 0.75 else rng.randint(0, upto)]]
-        drawn.append(scene(seed, "train", level, rng.choices(kinds, shares)[0]))
+        level = mix.levels[upto if rng.random() < 0.75 else rng.randint(0, upto)]
+        kind = rng.choices(kinds, shares)[0]
+        if kind in families.DRAWN:
+            pictures, asked = families.drawn(kind, seed, "train", level)
+            rng.shuffle(asked)
+            drawn.append(Sample(pictures, asked[: mix.questions], seed))
+        else:
+            picture = scene(seed, "train", LEVELS[level], kind)
+            drawn.append(Sample(picture, _asked(mix, picture, rng) if mix.families else [], seed))
     return drawn
 
 
-def picture_batch(chat: Chat, scenes: list[Scene]) -> tuple[Tensor, Grids]:
-    pixel_values, grids, _ = chat.processor([s.image for s in scenes])
-    return pixel_values, [(h, w) for h, w in grids.tolist()]
-
-
-def conversation_batch(chat: Chat, mix: Mix, scenes: list[Scene]) -> Batch:
-    rows, scene_of_row = [], []
-    for index, drawn in enumerate(scenes):
-        for asked in _rows(mix, drawn):
-            rows.append(_conversation(chat, drawn, asked))
-            scene_of_row.append(index)
-    pixel_values, grids = picture_batch(chat, scenes)
-    lengths = torch.tensor([len(ids) for ids in rows])
-    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    supervised = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, ids in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        supervised[row, : len(ids)] = torch.from_numpy(assistant_columns(chat, ids))
-    return Batch(scenes, pixel_values, grids, scene_of_row, input_ids, lengths, supervised)
-
-
-def _rows(mix: Mix, drawn: Scene) -> list[list[families.Question]]:
-    """Questions of one scene in conversations of at most two turns.
-
-    Later turns can copy from earlier ones instead of looking, so most questions come first, and a full list comes last.
-    """
-    rng = random.Random(drawn.seed + 1)
+def _asked(mix: Mix, picture: Scene, rng: random.Random) -> list[families.Question]:
     wanted = sorted(mix.families, key=lambda name: rng.random() ** (1 / mix.families[name]), reverse=True)
-    asked = families.questions(drawn, rng, wanted[: mix.questions], mix.questions)
-    firsts = asked[: (len(asked) + 1) // 2]
-    rows = [[question] for question in firsts]
-    for row, question in zip(rows, asked[len(firsts) :], strict=False):
-        row.append(question)
+    return families.questions(picture, rng, wanted[: mix.questions], mix.questions)
+
+
+def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
+    """Samples -> one Forest. A stage without families gives pictures only: no tokens."""
+    views = [view for sample in samples for view in sample.pictures.views]
+    pixel_values, grids, _ = chat.processor([view.image for view in views])
+    counts = iter([int(h) * int(w) // 4 for h, w in grids.tolist()])
+    ids: list[int] = []
+    positions, branches, targets, trees = [], [], [], []
+    for sample in samples if mix.families or any(s.questions for s in samples) else ():
+        rng = random.Random(sample.seed + 1)
+        shared = shared_part(chat, [next(counts) for _ in sample.pictures.views])
+        start = len(ids)
+        ids += shared
+        positions += range(len(shared))
+        branches += [0] * len(shared)
+        targets += [-1] * len(shared)
+        for number, turns in enumerate(_conversations(mix, sample.questions, rng), start=1):
+            written, following = branch(chat, turns, rng, mix.cut)
+            ids += written
+            positions += range(len(shared), len(shared) + len(written))
+            branches += [number] * len(written)
+            targets += following
+        trees.append((start, len(ids)))
+    columns = [torch.tensor(part, dtype=torch.long) for part in (ids, positions, branches, targets)]
+    return Forest(views, pixel_values, [(h, w) for h, w in grids.tolist()], *columns[:3], trees, columns[3])
+
+
+def _conversations(mix: Mix, asked: list[families.Question], rng: random.Random) -> list[list[families.Question]]:
+    """One branch a question; some branches hold a second one. A full list comes last, since later turns could copy it."""
+    rows: list[list[families.Question]] = []
+    for question in asked:
+        if rows and len(rows[-1]) == 1 and rng.random() < mix.second_turn:
+            rows[-1].append(question)
+        else:
+            rows.append([question])
     for row in rows:
         row.sort(key=lambda question: question.family == "describe")
     return rows
 
 
-def _conversation(chat: Chat, drawn: Scene, asked: list[families.Question]) -> list[int]:
-    messages = []
+def shared_part(chat: Chat, token_counts: Sequence[int]) -> list[int]:
+    """Ids from the start of a conversation to the end of its last picture: `Chat.prompt` without its text."""
+    special, text = chat.tokenizer.special, chat.tokenizer.encode
+    ids = _before_user_text(chat)
+    for count in token_counts:
+        ids += [special["<|media_start|>"], *text("image"), special["<|media_content|>"]]
+        ids += [special["<|media_pad|>"]] * count + [special["<|media_end|>"]]
+    return ids
+
+
+def _before_user_text(chat: Chat) -> list[int]:
+    """System turn and the opening of the user's turn."""
+    ids = chat.prompt([{"role": "user", "content": "x"}], add_generation_prompt=False).input_ids
+    return ids[: len(ids) - 1 - len(chat.tokenizer.encode("x"))]
+
+
+def branch(
+    chat: Chat, asked: Sequence[families.Question], rng: random.Random, cut: float = 0.0
+) -> tuple[list[int], list[int]]:
+    """Ids from the first question's text to the last <|im_end|>, and for each the next token if it is to be learnt.
+
+    A thought that is cut off teaches its answer only: where a budget ends cannot be foreseen.
+    """
+    special, encode = chat.tokenizer.special, chat.tokenizer.encode
+    end, opened = special["<|im_end|>"], special["<|im_middle|>"]
+    ids: list[int] = []
+    learnt: list[bool] = []
     for number, question in enumerate(asked):
-        text = {"type": "text", "text": question.text}
-        content = [{"type": "image", "image": drawn.image}, text] if number == 0 else [text]
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": written_reply(question)}]
-    return chat.prompt(messages, add_generation_prompt=False).input_ids
+        if number:
+            ids += [special["<|im_user|>"], *encode("user"), opened]
+        ids += [*encode(question.text), end, special["<|im_assistant|>"], *encode("assistant"), opened]
+        learnt += [False] * (len(ids) - len(learnt))
+        if question.thought and rng.random() < cut:
+            thought = encode(f"{OPEN_THOUGHT} {question.thought}")
+            least = len(encode(OPEN_THOUGHT))
+            kept = thought[: least + int(rng.random() ** 1.5 * (len(thought) - least))]
+            ids += kept + encode(CLOSE_THOUGHT)
+            learnt += [False] * (len(ids) - len(learnt))
+            ids += [*encode(f" {question.answer}"), end]
+        else:
+            ids += [*encode(written_reply(question)), end]
+        learnt += [True] * (len(ids) - len(learnt))
+    following = [token if mine else -1 for token, mine in zip(ids[1:], learnt[1:], strict=True)]
+    return ids, [*following, -1]
 
 
 def written_reply(question: families.Question) -> str:
     """The assistant's text: a thought between the real markers where the family has one, then the answer."""
-    return f"◁think▷ {question.thought}◁/think▷ {question.answer}" if question.thought else question.answer
-
-
-def assistant_columns(chat: Chat, ids: list[int]) -> np.ndarray:
-    """True where the assistant writes: after its turn's <|im_middle|>, up to and including <|im_end|>."""
-    special = chat.tokenizer.special
-    written, turn, inside = np.zeros(len(ids), dtype=bool), False, False
-    for column, token in enumerate(ids):
-        written[column] = inside
-        if token == special["<|im_assistant|>"]:
-            turn = True
-        elif token == special["<|im_middle|>"]:
-            inside = turn
-        elif token == special["<|im_end|>"]:
-            turn = inside = False
-    return written
+    return f"{OPEN_THOUGHT} {question.thought}{CLOSE_THOUGHT} {question.answer}" if question.thought else question.answer

@@ -12,19 +12,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from kimi_vl_ref import Chat, KimiVL, generate, load
-from kimi_vl_ref.chat import collate
+from kimi_vl_ref.chat import Prompt, collate, reply_roles
 from kimi_vl_ref.generate import ThoughtBudget
-from kimi_vl_ref.thought import split_thought
+from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT, split_thought
 
 from .families import FAMILIES, Question, majority_baseline, make
 from .scenes import Scene
+from .views import Album
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,22 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def ask(
     model: KimiVL,
     chat: Chat,
-    pairs: Sequence[tuple[Scene, Question]],
+    pairs: Sequence[tuple[Scene | Album, Question]],
     *,
     max_new_tokens: int = 160,
     thought_budget: int | None = None,
+    thoughts: Sequence[str] | None = None,
     batch: int = 50,
     progress: bool = False,
 ) -> list[tuple[str, str]]:
-    """Greedy (thought, answer) to each question about its scene."""
+    """Greedy (thought, answer) to each question about its scene. `thoughts` are written in the model's place, one a
+    question; "" leaves that model to itself.
+    """
     replies: list[tuple[str, str]] = []
     for start in tqdm(range(0, len(pairs), batch), disable=not progress, leave=False):
         prompts = [chat.prompt(messages(s, q)) for s, q in pairs[start : start + batch]]
+        given = [""] * len(prompts) if thoughts is None else thoughts[start : start + batch]
+        prompts = [_thinking(chat, prompt, thought) for prompt, thought in zip(prompts, given, strict=True)]
         weight = model.logits.weight
         inputs = collate(prompts, pad_id=0).to(weight.device, weight.dtype)
         budgets = None if thought_budget is None else [ThoughtBudget(chat.tokenizer, thought_budget) for _ in prompts]
@@ -73,13 +79,20 @@ def ask(
             for ids, token in zip(written, step.tokens, strict=True):
                 if token is not None and token not in chat.stop_ids:
                     ids.append(token)
-        replies += [split_thought(chat.tokenizer.decode(ids)) for ids in written]
+        texts = [chat.tokenizer.decode(ids) for ids in written]
+        replies += [(t, text.strip()) if t else split_thought(text) for t, text in zip(given, texts, strict=True)]
     return replies
 
 
-def messages(scene: Scene, question: Question) -> list[dict]:
-    content = [{"type": "image", "image": scene.image}, {"type": "text", "text": question.text}]
-    return [{"role": "user", "content": content}]
+def _thinking(chat: Chat, prompt: Prompt, thought: str) -> Prompt:
+    """The prompt with a finished thought behind it."""
+    ids = chat.tokenizer.encode(f"{OPEN_THOUGHT} {thought}{CLOSE_THOUGHT}") if thought else []
+    return replace(prompt, input_ids=prompt.input_ids + ids, roles=prompt.roles + reply_roles(chat.tokenizer, ids))
+
+
+def messages(pictures: Scene | Album, question: Question) -> list[dict]:
+    images = [{"type": "image", "image": image} for image in pictures.images]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": question.text}]}]
 
 
 def evaluate(
@@ -98,11 +111,14 @@ def evaluate(
     for family in families:
         pairs = [make(family, seed, split, level) for seed in range(scenes)]
         train = [make(family, seed, "train", level)[1] for seed in range(scenes)]
-        replies = ask(model, chat, pairs, thought_budget=thought_budget, progress=progress)
-        right = sum(question.check(answer) for (_, question), (_, answer) in zip(pairs, replies, strict=True))
+        right = count_right(pairs, ask(model, chat, pairs, thought_budget=thought_budget, progress=progress))
         low, high = wilson(right, scenes)
-        scores.append(Score(family, scenes, right, low, high, majority_baseline(family, train, [q for _, q in pairs])))
+        scores.append(Score(family, scenes, right, low, high, majority_baseline(train, [q for _, q in pairs])))
     return scores
+
+
+def count_right(pairs: Sequence[tuple[Scene | Album, Question]], replies: Sequence[tuple[str, str]]) -> int:
+    return sum(question.check(answer) for (_, question), (_, answer) in zip(pairs, replies, strict=True))
 
 
 def table(scores: Sequence[Score]) -> str:

@@ -4,6 +4,9 @@ Every family is a function (scene, rng) -> Question or None (None: this scene of
 words are lower case and from a small closed vocabulary.
 """
 
+from __future__ import annotations
+
+import importlib
 import random
 import re
 from collections import Counter
@@ -11,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from workbench.study.scenes import COLOURS, SHAPES, Level, Obj, Scene, has_distractors, is_unique, scene
+from workbench.study.views import Album
 
 Box = tuple[float, float, float, float]
 
@@ -212,13 +216,19 @@ def relation(scene: Scene, rng: random.Random) -> Question | None:
 
 @dataclass(frozen=True)
 class Family:
-    """One ability: what it asks, what in the report it stands for, and the kind of scene that suits it."""
+    """One ability: what it asks, what in the report it stands for, and the kind of pictures that suits it.
+
+    A kind of scene is asked by `ask`; one of the DRAWN kinds brings its questions, and those whose chance_key starts with
+    `key` are this family's.
+    """
 
     name: str
     line: str
     stands_for: str
     kind: str
-    ask: Callable[[Scene, random.Random], Question | None]
+    ask: Callable[[Scene, random.Random], Question | None] | None = None
+    key: str = ""
+    pictures: str = "one"  # or "several"
 
 
 FAMILIES = {
@@ -238,8 +248,35 @@ FAMILIES = {
                "text in pictures (OCRBench, InfoVQA)", "read", read),
         Family("relation", "Name the neighbour on one side of a thing.",
                "spatial relations (RealWorldQA)", "objects", relation),
+        Family("words", "Read a printed word.",
+               "text in pictures (OCRBench)", "words", key="read word"),
+        Family("sum", "Add two printed numbers.",
+               "mathematics with a long thought (MathVista)", "sums", key="sum"),
+        Family("chart", "Read a bar chart: largest, smallest, value, difference.",
+               "charts (InfoVQA)", "chart", key="chart"),
+        Family("window", "Click a button of a mock window.",
+               "screens: a click inside the target (ScreenSpot)", "window", key="point window"),
+        Family("compare", "Say which of several pictures has more of something.",
+               "several pictures (BLINK)", "compare", key="compare", pictures="several"),
+        Family("frames", "Say how a thing moves, or in which frame something is missing.",
+               "video (Video-MME)", "frames", key="frames", pictures="several"),
+        Family("tiny", "Name a very small thing in a large picture.",
+               "high resolution (V*, ScreenSpot-Pro)", "tiny", key="tiny"),
+        Family("needle", "Find one among many lines or pictures.",
+               "long context (needle in a haystack)", "needle", key="needle", pictures="several"),
+        Family("wide", "Name things in a strip ten times as long as wide.",
+               "extreme aspect ratio", "wide", key="wide"),
     )
 }  # fmt: skip
+
+
+# Kinds of pictures that bring their own questions; each module has `draw(seed, split, level)`.
+DRAWN = ("chart", "sums", "words", "window", "compare", "frames", "tiny", "needle", "wide")
+
+
+def drawn(kind: str, seed: int, split: str, level: str) -> tuple[Album, list[Question]]:
+    """Pictures of one of the DRAWN kinds and the questions that can be asked of them."""
+    return importlib.import_module(f"workbench.study.kinds.{kind}").draw(seed, split, level)
 
 
 def _family(name: str) -> Family:
@@ -249,15 +286,18 @@ def _family(name: str) -> Family:
 
 
 def questions(scene: Scene, rng: random.Random, families: Sequence[str], n: int) -> list[Question]:
-    """Up to n different questions on one scene, families in random order and as evenly as possible."""
+    """Up to n different questions on one scene, families in random order and as evenly as possible.
+
+    Families of the DRAWN kinds have no questions about a scene and are passed over.
+    """
     asked: dict[tuple, Question] = {}
-    order = [_family(f) for f in families]
+    order = [ask for name in families if (ask := _family(name).ask) is not None]
     for _ in range(3 * max(1, -(-n // max(1, len(order))))):
         rng.shuffle(order)
-        for family in order:
+        for ask in order:
             if len(asked) >= n:
                 return list(asked.values())
-            q = family.ask(scene, rng)
+            q = ask(scene, rng)
             if q is not None:
                 asked.setdefault((q.family, q.targets, q.answer), q)
     return list(asked.values())
@@ -265,8 +305,8 @@ def questions(scene: Scene, rng: random.Random, families: Sequence[str], n: int)
 
 def make(
     family: str, seed: int, split: str = "report", level: Level | str = "full"
-) -> tuple[Scene, Question]:
-    """A scene suited to the family and one question on it; the same arguments always give the same pair.
+) -> tuple[Scene | Album, Question]:
+    """A picture, or an Album of several, suited to the family and one question; the same arguments give the same pair.
 
     For name, where and point the thing asked about shares its colour with another object and its shape with
     a third, unless the level is too small for that; for count the answers 0 to 5 come equally often as far as
@@ -274,6 +314,8 @@ def make(
     """
     chosen = _family(family)
     rng = random.Random(f"make/{family}/{seed}/{split}")
+    if chosen.ask is None:
+        return _make_drawn(chosen, seed, split, level if isinstance(level, str) else level.name, rng)
     wanted = rng.randint(0, MOST_COUNTED)
     for k in range(400):
         picture = scene(1000 * seed + k, split, level, chosen.kind)
@@ -286,6 +328,19 @@ def make(
         if q is not None and (k >= 200 or _suits(picture, q)):
             return picture, q
     raise ValueError(f"level {level!r} gives no scene to ask {family!r} about; allow more objects")
+
+
+def _make_drawn(family: Family, seed: int, split: str, level: str, rng: random.Random) -> tuple[Album, Question]:
+    """A drawing of the family's kind and one of its questions, each kind of question equally likely."""
+    for k in range(50):
+        pictures, asked = drawn(family.kind, 1000 * seed + k, split, level)
+        by_key: dict[str, list[Question]] = {}
+        for q in asked:
+            if q.chance_key.startswith(family.key):
+                by_key.setdefault(q.chance_key, []).append(q)
+        if by_key:
+            return pictures, rng.choice(by_key[rng.choice(sorted(by_key))])
+    raise ValueError(f"level {level!r} gives no {family.kind!r} to ask {family.name!r} about; choose another level")
 
 
 def _suits(picture: Scene, q: Question) -> bool:
@@ -301,25 +356,19 @@ def _suits(picture: Scene, q: Question) -> bool:
     return has_distractors(target, picture.objects)
 
 
-def majority_baseline(
-    family: str, train_questions: Sequence[Question], held_out: Sequence[Question]
-) -> float:
-    """Share of held-out questions that the best constant answer in training gets right.
+def majority_baseline(train: Sequence[Question], held: Sequence[Question]) -> float:
+    """Share of held-out questions of one family that the best constant answer in training gets right.
 
-    Each chance_key has its own constant. For "point" it is the best of a 32 x 32 grid of points and the mean.
+    Each chance_key has its own constant. For clicks it is the best of a 32 x 32 grid of points and the mean.
     """
-    train = [q for q in train_questions if q.family == _family(family).name]
-    held = [q for q in held_out if q.family == family]
     if not train or not held:
-        raise ValueError(
-            f"got {len(train)} training and {len(held)} held-out {family!r} questions; give some of both"
-        )
+        raise ValueError(f"got {len(train)} training and {len(held)} held-out questions; give some of both")
     right = 0
     for key in {q.chance_key for q in held}:
         seen = [q for q in train if q.chance_key == key]
         if seen:
             answers = Counter(q.answer for q in seen)
-            constant = _best_point(seen) if family == "point" else answers.most_common(1)[0][0]
+            constant = _best_point(seen) if seen[0].family == "point" else answers.most_common(1)[0][0]
             right += sum(q.check(constant) for q in held if q.chance_key == key)
     return right / len(held)
 

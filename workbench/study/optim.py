@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kimi_vl_ref.model import KimiVL
@@ -36,8 +37,10 @@ class Slot:
 class MuonAdamW:
     """step(lr, lr_adamw) applies the gradients in `.grad`; `state()` and `load_state()` are for resuming."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], momentum: float = 0.95, decay: float = 0.1):
-        self.momentum, self.decay, self.steps = momentum, decay, 0
+    def __init__(
+        self, parameters: Mapping[str, Tensor], momentum: float = 0.95, decay: float = 0.1, rank: int = 0, ranks: int = 1
+    ):
+        self.momentum, self.decay, self.steps, self.rank, self.ranks = momentum, decay, 0, rank, ranks
         self.muon: list[Slot] = []
         self.adamw: list[Slot] = []
         for name, value in parameters.items():
@@ -59,13 +62,23 @@ class MuonAdamW:
             wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.transpose(1, 2)
             same_shape[(wide.shape[1], wide.shape[2])].append((slot, wide))
         for group in same_shape.values():  # matrices of one shape are orthogonalised in one batch
-            directions = orthogonalise(torch.cat([wide for _, wide in group]))
+            directions = self._orthogonalised(torch.cat([wide for _, wide in group]))
             scale = 0.2 * max(directions.shape[1:]) ** 0.5
             for (slot, _), direction in zip(group, directions.split([len(wide) for _, wide in group]), strict=True):
                 matrices = as_matrices(slot.name, slot.value)
                 update = direction if direction.shape == matrices.shape else direction.transpose(1, 2)
                 slot.value.mul_(1 - lr * self.decay)
                 slot.value.sub_(lr * scale * update.reshape(slot.value.shape))
+
+    def _orthogonalised(self, matrices: Tensor) -> Tensor:
+        """`orthogonalise`, each rank doing its share of the matrices."""
+        if self.ranks == 1:
+            return orthogonalise(matrices)
+        shares = torch.arange(len(matrices)).tensor_split(self.ranks)
+        directions = torch.zeros_like(matrices)
+        directions[shares[self.rank]] = orthogonalise(matrices[shares[self.rank]])
+        dist.all_reduce(directions)
+        return directions
 
     def _step_adamw(self, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) -> None:
         for slot in self.adamw:
@@ -106,31 +119,29 @@ def as_matrices(name: str, value: Tensor) -> Tensor:
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Pushes all singular values of (count, rows, columns), rows <= columns, towards 1 by a Newton-Schulz iteration."""
-    x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    # in bfloat16, as Muon is usually run: the iteration forgives rounding
+    x = (matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)).bfloat16()
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
+    return x.to(matrices.dtype)
 
 
 class Balancer:
     """Keeps the experts evenly loaded without a loss: after each step, the bias of an overloaded expert sinks by
     `rate`.
 
-    DeepSeek-V3 report (arXiv 2412.19437) section 2.1.2. Counts choices by a hook from outside; only `real` columns
-    count.
+    DeepSeek-V3 report (arXiv 2412.19437) section 2.1.2. Counts choices by a hook from outside.
     """
 
     def __init__(self, model: KimiVL):
         self.choices = [module for module in model.modules() if isinstance(module, Choice)]
         self.loads = torch.zeros(len(self.choices), len(self.choices[0].bias))
-        self.real: Tensor | None = None  # (B, T) bool
         self.hooks = [c.register_forward_hook(self._counter(i)) for i, c in enumerate(self.choices)]
 
     def _counter(self, index: int):
         def count(module: torch.nn.Module, inputs: tuple[Tensor, ...], chosen: Tensor) -> None:
-            counted = chosen if self.real is None else chosen[self.real]
-            self.loads[index] += torch.bincount(counted.flatten(), minlength=self.loads.shape[1])
+            self.loads[index] += torch.bincount(chosen.flatten(), minlength=self.loads.shape[1])
 
         return count
 

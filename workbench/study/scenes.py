@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .drawing import advance, blend, glyph_ink, grain, shape_ink
+from .views import View
 
 PALETTE = {
     "red": (208, 36, 48),
@@ -33,7 +34,8 @@ ZONES = (
 )  # fmt: skip
 KINDS = ("any", "objects", "distractors", "count", "read")
 SPLITS = ("train", "choose", "report")
-NO_OBJECT, NO_DIGIT, UNSURE = len(COLOURS) * len(SHAPES), 10, -100
+GLYPHS = {character: at for at, character in enumerate("0123456789abcdefghijklmnopqrstuvwxyz")}  # case is not told apart
+NO_OBJECT, NO_GLYPH, UNSURE = len(COLOURS) * len(SHAPES), len(GLYPHS), -100
 
 GAP = 4  # free pixels between two things
 ZONE_MARGIN = 3.0  # a centre stays this many pixels off the lines between zones, so no place is a coin toss
@@ -344,35 +346,36 @@ def _draw(layout: _Layout, rng: random.Random) -> np.ndarray:
 # ---- dense labels, for teaching the eye alone
 
 
-def token_labels(scene: Scene, grid_h: int, grid_w: int, cell: int = 28) -> tuple[np.ndarray, np.ndarray]:
-    """What each cell of the picture, padded right and below, shows: objects, digits; int64 (grid_h, grid_w).
+def token_labels(view: Scene | View, grid_h: int, grid_w: int, cell: int = 28) -> tuple[np.ndarray, np.ndarray]:
+    """What each cell of the picture, padded right and below, shows: objects, printed characters; int64 (grid_h, grid_w).
 
-    Objects are 5 * colour + shape, NO_OBJECT (30) where there is none; digits 0-9, NO_DIGIT (10) where there
-    is none. A cell belongs to the thing that covers most of it. UNSURE (-100) marks cells where the cover is
+    Objects are 5 * colour + shape, NO_OBJECT (30) where there is none; characters by GLYPHS, NO_GLYPH
+    where there is none. A cell belongs to the thing that covers most of it. UNSURE (-100) marks cells where the cover is
     above zero but under a fifth of the smaller of cell and thing (so a small thing inside a large cell counts
-    as seen), or where another class covers nearly as much. Objects count by their ink, digits by their box.
+    as seen), or where another class covers nearly as much. Objects count by their ink, characters by their box.
     """
-    width, height = scene.size
+    width, height = view.size
     if grid_h * cell < height or grid_w * cell < width:
         raise ValueError(
             f"a {grid_h} x {grid_w} grid of {cell}-px cells does not cover the {width} x {height} picture; "
             f"pass at least {-(-height // cell)} x {-(-width // cell)}"
         )
-    objects, digits = [], []
-    for o in scene.objects:
+    objects, glyphs = [], []
+    for o in view.objects:
         x0, y0, x1, _ = o.box
         ink, _ = shape_ink(o.shape, int(x1 - x0), int(2 * x0) % 2, int(2 * y0) % 2)
         label = len(SHAPES) * COLOURS.index(o.colour) + SHAPES.index(o.shape)
         objects.append((label, int(x0), int(y0), ink[:, ::3]))
-    for digit, (x0, y0, x1, y1) in zip(scene.number, scene.digit_boxes, strict=True):
-        digits.append((int(digit), int(x0), int(y0), np.ones((int(y1 - y0), int(x1 - x0)), np.float32)))
+    for character, (x0, y0, x1, y1) in view.glyphs:
+        label, box = GLYPHS.get(character.lower(), UNSURE), np.ones((int(y1 - y0), int(x1 - x0)), np.float32)
+        glyphs.append((label, int(x0), int(y0), box))
     object_labels = _cell_labels(objects, grid_h, grid_w, cell, NO_OBJECT)
-    return object_labels, _cell_labels(digits, grid_h, grid_w, cell, NO_DIGIT)
+    return object_labels, _cell_labels(glyphs, grid_h, grid_w, cell, NO_GLYPH)
 
 
-def patch_labels(scene: Scene, grid_h: int, grid_w: int) -> tuple[np.ndarray, np.ndarray]:
+def patch_labels(view: Scene | View, grid_h: int, grid_w: int) -> tuple[np.ndarray, np.ndarray]:
     """`token_labels` for the 14-px patches."""
-    return token_labels(scene, grid_h, grid_w, cell=14)
+    return token_labels(view, grid_h, grid_w, cell=14)
 
 
 def _cell_labels(things, grid_h: int, grid_w: int, cell: int, none: int) -> np.ndarray:

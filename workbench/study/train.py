@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,15 +24,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from kimi_vl_ref import load
 from kimi_vl_ref.chat import Chat
 from kimi_vl_ref.config import KimiVLConfig, TextConfig, VisionConfig
 from kimi_vl_ref.model import KimiVL
 from kimi_vl_ref.weights import save_checkpoint
 
-from . import families, tokenizer
-from .batches import Mix, conversation_batch, draw_scenes, picture_batch
+from . import families, forest, tokenizer
+from .batches import Mix, draw_samples, plant
 from .eye import EyeHeads, eye_labels
 from .optim import Balancer, MuonAdamW
 
@@ -97,7 +100,9 @@ class Stage:
     decay_from: float = 0.6  # share of the stage after which the rate falls linearly
     adamw_share: float = 0.5
     dense: float = 0.0  # weight of the eye's dense losses; the eye stage has nothing else
+    readers_only: int = 0  # first steps in which the dense losses teach their readers alone, where those are new
     bias_rate: float = 3e-3
+    dtype: str = "bfloat16"  # of the forward and backward passes; the weights that are stepped are float32
 
     def rate_at(self, step: int) -> float:
         if step < self.warm:
@@ -183,17 +188,27 @@ def _sine_table(config: VisionConfig) -> Tensor:
 
 
 class Run:
-    """A training run in one process of a group; `rank` 0 writes files and shows progress."""
+    """A training run in one process of a group; `rank` 0 writes files and shows progress.
 
-    def __init__(self, out: Path, seed: int, rank: int, ranks: int, stages: tuple[Stage, ...] = STAGES):
+    `parameters` are the float32 weights that are stepped; `model` computes with a copy of them in the dtype of the stage.
+    """
+
+    def __init__(
+        self, out: Path, seed: int, rank: int, ranks: int, stages: tuple[Stage, ...] = STAGES, start: str | None = None
+    ):
         self.out, self.seed, self.rank, self.ranks, self.stages = out, seed, rank, ranks, stages
         self.model = new_model(seed)
+        if start is not None:
+            self.model.load_state_dict({n: t.float() for n, t in load(start)[0].state_dict().items()})
         self.heads = EyeHeads(CONFIG)
         self.chat = Chat.from_folder(out / "release")
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.parameters |= {f"heads.{n}": p for n, p in self.heads.named_parameters()}
-        self.optimiser = MuonAdamW(self.parameters)
+        self.optimiser = MuonAdamW(self.parameters, rank=rank, ranks=ranks)
         self.balancer = Balancer(self.model)
+        self.core = forest.TreeCore()
+        for layer in self.model.decoder.layers:
+            layer.attn.core = self.core
         self.progress = Progress()
         self.resume()
 
@@ -205,14 +220,20 @@ class Run:
         tensors = load_file(self.out / f"state-{self.progress.stage}-{self.progress.step}.safetensors")
         self.model.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
         self.heads.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("heads.")})
+        for name, value in self.model.named_parameters():
+            self.parameters[name].copy_(value.detach())
         self.optimiser.load_state({n[6:]: t for n, t in tensors.items() if n.startswith("optim.")})
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state in float32: stepped weights, and the selection biases."""
+        return {n: self.parameters.get(n, t).detach() for n, t in self.model.state_dict().items()}
 
     def save(self) -> None:
         """State, then the pointer to it, then the old state goes: a kill at any moment leaves a state to go on from."""
         if self.rank:
             return
         name = f"state-{self.progress.stage}-{self.progress.step}.safetensors"
-        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
+        tensors = {f"model.{n}": t for n, t in self.weights().items()}
         tensors |= {f"heads.{n}": t for n, t in self.heads.state_dict().items()}
         tensors |= {f"optim.{n}": t for n, t in self.optimiser.state().items()}
         save_file({n: t.contiguous() for n, t in tensors.items()}, self.out / f"{name}.part")
@@ -222,11 +243,15 @@ class Run:
         for old in self.out.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink()
-        save_checkpoint(self.model, self.out / "release")
+        released = KimiVL(CONFIG)
+        released.load_state_dict(self.weights())
+        save_checkpoint(released, self.out / "release")
 
     def train(self, save_every: int = 100) -> None:
         for index in range(self.progress.stage, len(self.stages)):
             stage = self.stages[index]
+            self.model.to(getattr(torch, stage.dtype))
+            self.hand_over()
             bar = tqdm(
                 total=stage.steps, initial=self.progress.step, desc=stage.name, disable=self.rank > 0, mininterval=5
             )
@@ -250,43 +275,50 @@ class Run:
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """The stepped weights, to the model that computes."""
+        for name, value in self.model.named_parameters():
+            value.copy_(self.parameters[name])
+
     def step(self, stage: Stage, index: int) -> dict[str, float]:
         """One update; the loss and its parts, averaged over the ranks' last batch."""
         step, own = self.progress.step, stage.batch // self.ranks
         first = (self.seed << 48) + (index << 40) + step * stage.batch + self.rank * own
-        scenes = draw_scenes(stage.mix, list(range(first, first + own)), step / stage.steps)
+        samples = draw_samples(stage.mix, list(range(first, first + own)), step / stage.steps)
         log: dict[str, float] = {}
-        if stage.mix.families:
-            batch = conversation_batch(self.chat, stage.mix, scenes)
-            pixel_values, grids = batch.pixel_values, batch.grids
-        else:
-            batch = None
-            pixel_values, grids = picture_batch(self.chat, scenes)
-        patches = self.model.vision(pixel_values, grids)
-        tokens = self.model.projector(patches, grids)
+        planted = plant(self.chat, stage.mix, samples)
+        # the fused kernel's backward pass is slow for short pictures, above all in bfloat16
+        with sdpa_kernel(SDPBackend.MATH):
+            patches = self.model.vision(planted.pixel_values, planted.grids)
+        tokens = self.model.projector(patches, planted.grids)
         loss = torch.zeros(())
         if stage.dense:
-            labels = eye_labels(scenes, grids)
-            parts = self.heads(patches, tokens, labels)
+            labels = eye_labels(planted.views, planted.grids)
+            seen = (patches.float(), tokens.float())
+            parts = self.heads(*(part.detach() if step < stage.readers_only else part for part in seen), labels)
             loss = loss + stage.dense * torch.stack(list(parts.values())).sum()
             if step % 20 == 19:
-                log |= {f"{n}_acc": v for n, v in self.heads.accuracies(patches, tokens, labels).items()}
-        if batch is not None:
-            self.balancer.real = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
-            stream = self.model.decoder(self.model.embedded(batch.input_ids, batch.visual_rows(tokens)))
-            targets = batch.input_ids[:, 1:][batch.supervised[:, 1:]]
-            words = F.cross_entropy(self.model.logits(stream[:, :-1][batch.supervised[:, 1:]]), targets)
+                log |= {f"{n}_acc": v for n, v in self.heads.accuracies(*seen, labels).items()}
+        if len(planted.input_ids):
+            self.core.plant(planted)
+            stream = forest.run(self.model, planted, tokens)  # (N, D)
+            learnt = planted.targets >= 0
+            words = F.cross_entropy(self.model.logits(stream[learnt]).float(), planted.targets[learnt])
             log["words"] = float(words.detach())
             loss = loss + words
         loss.backward()
         log["loss"] = float(loss.detach())
+        for name, value in self.model.named_parameters():
+            self.parameters[name].grad, value.grad = None if value.grad is None else value.grad.float(), None
         self.share_gradients()
         log["norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
         rate = stage.rate_at(step)
         self.optimiser.step(rate, rate * stage.adamw_share)
+        self.hand_over()
         for value in self.parameters.values():
             value.grad = None
-        if batch is not None:
+        if len(planted.input_ids):
             if self.ranks > 1:
                 dist.all_reduce(self.balancer.loads)
             # the bias rests while the rate falls to nothing, as in Moonlight's last stage
@@ -304,6 +336,25 @@ class Run:
         for value, grad in zip(values, flat.split([v.numel() for v in values]), strict=True):
             if value.grad is not None:
                 value.grad.copy_(grad.view_as(value))
+
+
+def continue_briefly(model: KimiVL, chat: Chat, steps: int, seed: int, update: bool) -> list[float]:
+    """Goes on training a copy of a model from biases of zero, with the bias update or without; MaxVio after each step."""
+    stage = replace(STAGES[-1], name="briefly", steps=steps, batch=8, rate=1e-3, final_rate=1e-3, warm=5, dense=0.0)
+    stage = replace(stage, bias_rate=stage.bias_rate if update else 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        release = Path(folder) / "release"
+        save_checkpoint(model, release)
+        chat.save(release)
+        run = Run(Path(folder), seed, 0, 1, (stage,), start=str(release))
+    run.model.to(getattr(torch, stage.dtype))
+    for choice in run.balancer.choices:
+        choice.bias.zero_()
+    violations = []
+    for _ in tqdm(range(steps), desc=f"bias update {'on' if update else 'off'}", leave=False):
+        violations.append(run.step(stage, 0)["max_violation"])
+        run.progress.step += 1
+    return violations
 
 
 def prepare(out: Path) -> None:

@@ -1,0 +1,138 @@
+"""One thing to be found in a long context: among many numbered pictures, or among many lines of text.
+
+Length (pictures or lines) and depth (0: the first, 1: the last) can be given, to sweep them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from ..drawing import paper
+from ..families import Question
+from ..scenes import COLOURS, SHAPES
+from ..views import Album, View
+from .place import free_box, in_split, ink_tint, level_of, pick, print_in_corner, show, thing, tint
+
+SIDE = 84  # pixels a side of each picture: 9 visual tokens
+NUMBER_SIZE = 16
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+VARIANTS = ("pictures", "lines")
+LONGEST = {"pictures": 60, "lines": 130}  # about 1,000 tokens either way
+SHORTEST = 3  # the needle, one thing of its colour and one of its shape
+NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard it is: the share of the LONGEST context that is used at most."""
+
+    share: float
+
+
+LEVELS = {"first": Level(0.1), "second": Level(0.25), "third": Level(0.5), "full": Level(1.0)}
+
+
+@dataclass(frozen=True)
+class _Hay:
+    """Names and numbers in order; the needle's name and number occur once."""
+
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+    at: int
+
+
+def draw(
+    seed: int,
+    split: str = "train",
+    level: str = "full",
+    *,
+    length: int | None = None,
+    depth: float | None = None,
+    variant: str | None = None,
+) -> tuple[Album, list[Question]]:
+    """A long context and two questions on the same needle; the same arguments always give the same.
+
+    Without `length` it is uniform from SHORTEST to what the level allows, without `depth` the needle is anywhere,
+    without `variant` ("pictures" or "lines") the seed chooses. Lines of text stand before the question, after one
+    small picture that has nothing to do with it; their questions have no target boxes. Raises ValueError for an
+    unknown split, level or variant, a length outside SHORTEST..LONGEST or a depth outside 0..1.
+
+    Example: ``draw(7, "report", "full", length=100, depth=0.5, variant="lines")``.
+    """
+    limits = level_of(LEVELS, level, split)
+    rng = random.Random(f"needle/{seed}/{split}/{level}/{length}/{depth}")
+    chosen = rng.choice(VARIANTS)
+    variant = variant or chosen
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; choose one of {', '.join(VARIANTS)}")
+    longest = LONGEST[variant]
+    if length is None:
+        length = rng.randint(SHORTEST, max(SHORTEST, int(longest * limits.share)))
+    if not SHORTEST <= length <= longest:
+        raise ValueError(f"length is {length}; choose {SHORTEST} to {longest} for {variant}")
+    if depth is None:
+        depth = rng.random()
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth is {depth}; choose 0 (the first) to 1 (the last)")
+    at = min(length - 1, int(depth * length))
+    hay = in_split(split, lambda: _lay_out(rng, variant, length, at), lambda hay: f"{hay.names}{hay.numbers}")
+    if variant == "pictures":
+        views = tuple(_picture(rng, name, str(k)) for name, k in zip(hay.names, hay.numbers, strict=True))
+        return Album(views, seed), _ask_pictures(rng, hay, views[at])
+    view = _picture(rng, pick(rng, [name for name in NAMES if name != hay.names[at]]), "")
+    return Album((view,), seed), _ask_lines(rng, hay, view)
+
+
+def _lay_out(rng: random.Random, variant: str, length: int, at: int) -> _Hay:
+    """The needle among near misses: half of the others share its colour or its shape, two of them for certain."""
+    needle = pick(rng, NAMES)
+    colour, shape = needle.split()
+    rest = [name for name in NAMES if name != needle]
+    same_colour, same_shape = ([name for name in rest if word in name.split()] for word in (colour, shape))
+    groups = (same_colour, same_shape, rest, rest)
+    others = [pick(rng, same_colour), pick(rng, same_shape)]
+    others += [pick(rng, pick(rng, groups)) for _ in range(length - SHORTEST)]
+    rng.shuffle(others)
+    names = (*others[:at], needle, *others[at:])
+    if variant == "pictures":
+        return _Hay(names, tuple(range(1, length + 1)), at)
+    own = rng.randint(10, 99)
+    free = [number for number in range(10, 100) if number != own]
+    numbers = [pick(rng, free) for _ in others]
+    return _Hay(names, (*numbers[:at], own, *numbers[at:]), at)
+
+
+def _picture(rng: random.Random, name: str, number: str) -> View:
+    """One shape, and the number of the picture in a corner if there is one."""
+    colour, shape = name.split()
+    prints, taken = [], []
+    if number:
+        line, box = print_in_corner(number, NUMBER_SIZE, pick(rng, CORNERS), SIDE, SIDE)
+        prints, taken = [line], [box]
+    box = None
+    while box is None:
+        box = free_box(rng, rng.randint(24, 42), SIDE, SIDE, taken)
+    things = [(thing(colour, shape, box, SIDE, SIDE), tint(rng, colour))]
+    return show(paper(SIDE, SIDE, rng), things, prints, ink_tint(rng))
+
+
+# ---- questions
+
+
+def _ask_pictures(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
+    name, number = hay.names[hay.at], hay.numbers[hay.at]
+    text = rng.choice(("in which picture is the {}?", "which picture has the {}?", "find the picture with the {}."))
+    boxes = (view.objects[0].box,)
+    asked = [Question("needle", text.format(name), "", f"picture {number}", boxes, "needle picture", view.size)]
+    text = rng.choice(("what is in picture {}?", "which thing is in picture {}?", "name the thing in picture {}."))
+    return [*asked, Question("needle", text.format(number), "", name, boxes, "needle thing in picture", view.size)]
+
+
+def _ask_lines(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
+    lines = " ".join(f"{name} {number}." for name, number in zip(hay.names, hay.numbers, strict=True))
+    name, number = hay.names[hay.at], hay.numbers[hay.at]
+    text = rng.choice(("what number has the {}?", "which number has the {}?", "find the number of the {}.")).format(name)
+    asked = [Question("needle", f"{lines} {text}", "", str(number), (), "needle number", view.size)]
+    text = rng.choice(("what has the number {}?", "which thing has the number {}?", "name the thing with the number {}."))
+    return [*asked, Question("needle", f"{lines} {text.format(number)}", "", name, (), "needle thing in line", view.size)]
