@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from safetensors.torch import load_file
 
 from kimi_vl_ref import load
 from kimi_vl_ref.images import PatchGrid
-from workbench.study import evaluate, families, train
-from workbench.study.batches import Mix, assistant_columns, conversation_batch, draw_scenes
+from workbench.study import evaluate, families, forest, train
+from workbench.study.batches import Forest, Mix, branch, draw_samples, plant, shared_part, written_reply
 from workbench.study.eye import NO_OBJECT, cell_labels
 from workbench.study.optim import Balancer, MuonAdamW, as_matrices, orthogonalise
 from workbench.study.scenes import COLOURS, SHAPES, scene
@@ -81,6 +83,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         train.prepare(out)
     train.Run(whole, 0, 0, 1, QUICK).train(save_every=100)
     stopped = train.Run(parts, 0, 0, 1, QUICK)
+    stopped.model.to(torch.bfloat16)
+    stopped.hand_over()
     for _ in range(2):
         stopped.step(QUICK[0], 0)
         stopped.progress.step += 1
@@ -92,19 +96,87 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         assert torch.equal(one[name], other[name]), name
 
 
+KINDS = {"objects": 1.0, "sums": 1.0, "compare": 1.0}
+MIX = Mix(KINDS, {"count": 1, "where": 1, "describe": 1}, ("first",), questions=4, cut=0.0)
+
+
 def test_training_conversations_are_what_the_model_is_asked_later(study):
+    _, chat = study
+    for sample in draw_samples(MIX, [5, 6, 7, 8, 9, 10], 0.0):
+        turns = sample.questions[:2]
+        images = [{"type": "image", "image": image} for image in sample.pictures.images]
+        messages = []
+        for question in turns:
+            text = {"type": "text", "text": question.text}
+            messages.append({"role": "user", "content": [*images, text]})
+            messages.append({"role": "assistant", "content": written_reply(question)})
+            images = []
+        whole = chat.prompt(messages, add_generation_prompt=False)
+        ours = shared_part(chat, [p.grid.token_count for p in whole.pictures])
+        written, following = branch(chat, turns, random.Random(0))
+        assert ours + written == whole.input_ids
+        learnt = [token for token in following if token >= 0]
+        end = chat.tokenizer.special["<|im_end|>"]
+        assert learnt.count(end) == len(turns)
+        assert [i for i in learnt if i != end] == [i for q in turns for i in chat.tokenizer.encode(written_reply(q))]
+
+
+def test_a_forest_computes_what_each_conversation_computes_alone(study):
+    """Branches share the tokens of the pictures and never see each other; several pictures and second turns included."""
     model, chat = study
-    mix = Mix({"objects": 1.0}, {"count": 1, "where": 1}, questions=2)
-    batch = conversation_batch(chat, mix, draw_scenes(mix, [5, 6, 7], 0.0))
-    pads = (batch.input_ids == model.config.media_placeholder_token_id).sum(1).tolist()
-    tokens = [h * w // 4 for h, w in batch.grids]
-    assert pads == [tokens[index] for index in batch.scene_of_row]
-    ids = batch.input_ids[0, : batch.lengths[0]].tolist()
-    written = [i for i, mine in zip(ids, assistant_columns(chat, ids), strict=True) if mine]
-    assert written[-1] == chat.tokenizer.special["<|im_end|>"]
-    text = chat.tokenizer.decode(written)
-    assert "im_user" not in text and "media" not in text
-    assert torch.equal(batch.supervised[0, : len(ids)], torch.from_numpy(assistant_columns(chat, ids)))
+    model = copy.deepcopy(model)
+    samples = draw_samples(replace(MIX, second_turn=0.5), [5, 6, 7, 8, 9, 10], 0.0)
+    planted = plant(chat, replace(MIX, second_turn=0.5), samples)
+    with torch.inference_mode():
+        visual = model.projector(model.vision(planted.pixel_values, planted.grids), planted.grids)
+        alone, rows = [], []
+        for start, stop in planted.trees:
+            branches = planted.branches[start:stop]
+            for number in range(1, int(branches.max()) + 1):
+                own = start + ((branches == 0) | (branches == number)).nonzero()[:, 0]
+                ids = planted.input_ids[own]
+                before = int((planted.input_ids[:start] == model.config.media_placeholder_token_id).sum())
+                count = int((ids == model.config.media_placeholder_token_id).sum())
+                alone.append(model.decoder(model.embedded(ids[None], visual[before : before + count]))[0])
+                rows.append(own)
+                assert planted.positions[own].tolist() == list(range(len(own)))
+        core = forest.TreeCore()
+        for layer in model.decoder.layers:
+            layer.attn.core = core
+        core.plant(planted)
+        together = forest.run(model, planted, visual)
+    assert len(alone) > len(samples)
+    for stream, own in zip(alone, rows, strict=True):
+        assert (together[own] - stream).abs().max() < 2e-4
+
+
+def test_a_thought_that_is_cut_off_teaches_its_answer_only(study):
+    _, chat = study
+    _, question = families.make("sum", 3, "train")
+    encode = chat.tokenizer.encode
+    for seed in range(20):
+        ids, following = branch(chat, [question], random.Random(seed), cut=1.0)
+        learnt = [token for token in following if token >= 0]
+        assert learnt == [*encode(f" {question.answer}"), chat.tokenizer.special["<|im_end|>"]]
+        text = chat.tokenizer.decode(ids)
+        kept = text[text.index("◁think▷") + 7 : text.index("◁/think▷")]
+        assert f" {question.thought}".startswith(kept)
+
+
+def test_each_branch_sees_the_pictures_and_itself():
+    ids, positions, branches = torch.tensor([[0] * 6, [0, 1, 2, 3, 2, 3], [0, 0, 1, 1, 2, 2]])
+    planted = Forest([], torch.zeros(0), [], ids, positions, branches, [(0, 6)], torch.zeros(6))
+    core = forest.TreeCore()
+    core.plant(planted)
+    hidden = core.trees[0][1]
+    assert (~hidden).int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
 
 
 def test_cell_labels_put_each_object_where_its_centre_is():

@@ -123,17 +123,57 @@ def study_evaluate(
     )
 
 
+@study.command("claim")
+def study_claim(
+    names: Annotated[list[str], typer.Argument(help="thinking, native, rope, experts, landing, balance, or all")],
+    model: Model = "study",
+    scenes: Annotated[int | None, typer.Option(min=2, help="scenes (balance: steps) in place of the usual number")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the tables to this file")] = None,
+) -> None:
+    """Measure claims of the report in miniature, each beside its control."""
+    from .study.claims import main
+
+    main(names, model=model, scenes=scenes, json_path=json)
+
+
 @study.command("train")
 def study_train(
     out: Annotated[Path, typer.Option(help="a run's folder; one that is there goes on")] = Path("runs/study"),
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the weights and the scenes")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="processes that share the work")] = 2,
     save_every: Annotated[int, typer.Option(min=1, help="steps from one saving to the next")] = 100,
+    start: Annotated[str | None, typer.Option(help="go on from these weights, with the stages after the first three")] = None,
 ) -> None:
     """Train the study model, or go on with a run that was stopped."""
     from .study.train import main
 
-    main(out=out, seed=seed, ranks=ranks, save_every=save_every)
+    main(out=out, seed=seed, ranks=ranks, save_every=save_every, start=start)
+
+
+@app.command("sites")
+def list_sites(
+    glob: Annotated[str | None, typer.Argument(help="such as 'decoder.layers.1.ffn.**'; left out: every site once")] = None,
+    model: Model = "study",
+) -> None:
+    """List what can be read, edited or swapped inside a model: name, axes, sizes."""
+    from .sites import listing, skeleton
+
+    typer.echo("\n".join(listing(skeleton(model), glob)))
+
+
+@app.command()
+def parity(
+    a: Annotated[str, typer.Argument(help="'study', or a checkpoint folder")],
+    b: Annotated[str, typer.Argument(help="the same, or 'transformers:FOLDER' for its weights in transformers' modules")],
+    dtype: Annotated[str, typer.Option(help="both compute in it: float32, float64, bfloat16, float16")] = "float32",
+) -> None:
+    """Compare two models site by site and name the first that differs; exit code 1 if one does."""
+    from .parity import compare
+
+    walk = compare(a, b, dtype)
+    typer.echo("\n".join(walk.lines()))
+    if walk.first is not None:
+        raise typer.Exit(1)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -124,7 +124,7 @@ def _ratio(samples: np.ndarray, heads: list[tuple[int, int]], target: int = 0) -
 
 def _measured(model: KimiVL, chat: Chat, scene: Scene, question: Question) -> Iterator[tuple[str, np.ndarray]]:
     """For each sample of a scene (4, L, H): attention per area on the target, on the mean distractor, share on the target's
-    visual tokens, and attention per area on one distractor (the first), which stands in for the target as a control.
+    visual tokens, and attention per area on one distractor, which stands in for the target as a control.
     """
     prompt = chat.prompt(messages(scene, question))
     ids = chat.tokenizer.encode(written_reply(question))
@@ -151,7 +151,8 @@ def _measured(model: KimiVL, chat: Chat, scene: Scene, question: Question) -> It
     for at, sample in enumerate(samples):
         density = [seen[:, :, at] @ _cover(grid, box) for box in (sample.target, *sample.distractors)]
         touched = seen[:, :, at] @ (_cover(grid, sample.target) > 0).astype(np.float32)
-        yield sample.moment, np.stack([density[0], np.mean(density[1:], axis=0), touched, density[1]])
+        other = density[1 + sample.row % (len(density) - 1)]
+        yield sample.moment, np.stack([density[0], np.mean(density[1:], axis=0), touched, other])
 
 
 def _cover(grid: PatchGrid, box: Box) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""Large pictures with one tiny target among shapes three times its side: there at native size, lost when shrunk.
+"""Large pictures with one tiny target among shapes three times its side: clear at native size, a blot when shrunk.
 
-At half its side the target is 5 to 7 pixels across, at a quarter about 3.
+At half its side the target is 5 to 7 pixels across, at a quarter about 3. Shrinking averages, it does not erase: a reader
+taught on shrunk targets and told where to look still tells most shapes apart (5 nearest neighbours of 4000: 100% at half,
+97% at a quarter; digits 92% and 59%). So a fall at smaller sizes shows what a model can use that learnt at native size.
 """
 
 from __future__ import annotations
