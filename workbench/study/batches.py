@@ -107,8 +107,16 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
             branches += [number] * len(written)
             targets += following
         trees.append((start, len(ids)))
-    columns = [torch.tensor(part, dtype=torch.long) for part in (ids, positions, branches, targets)]
-    return Forest(views, pixel_values, [(h, w) for h, w in grids.tolist()], *columns[:3], trees, columns[3])
+    return Forest(
+        views,
+        pixel_values,
+        [(h, w) for h, w in grids.tolist()],
+        input_ids=torch.tensor(ids, dtype=torch.long),
+        positions=torch.tensor(positions, dtype=torch.long),
+        branches=torch.tensor(branches, dtype=torch.long),
+        trees=trees,
+        targets=torch.tensor(targets, dtype=torch.long),
+    )
 
 
 def _conversations(mix: Mix, asked: list[families.Question], rng: random.Random) -> list[list[families.Question]]:

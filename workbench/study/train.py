@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from kimi_vl_ref import load
+from kimi_vl_ref import checkpoint_folder, load
 from kimi_vl_ref.chat import Chat
 from kimi_vl_ref.config import KimiVLConfig, TextConfig, VisionConfig
 from kimi_vl_ref.model import KimiVL
@@ -111,44 +112,37 @@ class Stage:
         return self.final_rate + (self.rate - self.final_rate) * min(1.0, left)
 
 
+# What is shown in the first three stages, and in those that follow.
 SCENES = {"any": 0.2, "objects": 0.15, "distractors": 0.25, "count": 0.15, "read": 0.25}
-STAGES = (
-    Stage(
-        "eye",
-        steps=1100,
-        mix=Mix(SCENES, levels=("first", "second", "third", "full", "full")),
-        batch=48,
-        rate=4e-3,
-        final_rate=8e-4,
-        dense=1.0,
-    ),
-    Stage(
-        "words",
-        steps=500,
-        mix=Mix(
-            SCENES,
-            {"describe": 3, "name": 2, "where": 2, "read": 2, "relation": 0.5, "count": 0.5, "point": 0.5},
-            levels=("first", "second", "third"),
-        ),
-        batch=32,
-        rate=3e-3,
-        final_rate=3e-3,
-        dense=0.3,
-    ),
-    Stage(
-        "all",
-        steps=1100,
-        mix=Mix(
-            SCENES,
-            {"describe": 1.5, "name": 1, "where": 1, "read": 2, "relation": 1, "count": 1, "point": 1},
-            levels=("third", "full", "full", "full"),
-        ),
-        batch=32,
-        rate=3e-3,
-        decay_from=0.5,
-        dense=0.3,
-    ),
+EASY = {"describe": 3, "name": 2, "where": 2, "read": 2, "relation": 0.5, "count": 0.5, "point": 0.5}
+ALL = {"describe": 1.5, "name": 1, "where": 1, "read": 2, "relation": 1, "count": 1, "point": 1}
+PRINT = {"words": 0.30, "window": 0.20, "sums": 0.12, "read": 0.12, "distractors": 0.08, "any": 0.05, "chart": 0.05}
+PRINT |= {"tiny": 0.04, "frames": 0.04}
+EVERY = {"any": 0.06, "distractors": 0.11, "objects": 0.08, "count": 0.05, "read": 0.08, "chart": 0.08, "sums": 0.10}
+EVERY |= {"words": 0.06, "window": 0.08, "compare": 0.08, "frames": 0.06, "tiny": 0.05, "needle": 0.05, "wide": 0.06}
+ASKED = {"describe": 1, "name": 0.4, "where": 0.4, "read": 2, "relation": 2, "count": 1.5, "point": 2}
+_MANY = Stage("many", 200, Mix(EVERY, ASKED), batch=32, rate=2.5e-3, final_rate=2.5e-3, warm=1, dense=0.1)
+# the same, with more of what was found to lag
+LATER = {"any": 0.05, "distractors": 0.10, "objects": 0.07, "count": 0.06, "read": 0.09, "chart": 0.08, "sums": 0.11}
+LATER |= {"words": 0.07, "window": 0.09, "compare": 0.08, "frames": 0.06, "tiny": 0.04, "needle": 0.04, "wide": 0.06}
+LATER_ASKED = {"describe": 0.8, "name": 0.3, "where": 0.3, "read": 2.5, "relation": 2, "count": 2.5, "point": 2}
+_JOINT = replace(_MANY, name="joint", mix=Mix(LATER, LATER_ASKED), warm=30, dense=0.3)
+
+# The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
+FIRST = (
+    Stage("eye", 1100, Mix(SCENES, {}, ("first", "second", "third", "full", "full"), 0), 48, 4e-3, 8e-4, dense=1.0),
+    Stage("words", 500, Mix(SCENES, EASY, ("first", "second", "third")), 32, 3e-3, 3e-3, dense=0.3),
+    Stage("all", 1100, Mix(SCENES, ALL, ("third", "full", "full", "full")), 32, 3e-3, decay_from=0.5, dense=0.3),
 )
+THEN = (
+    replace(_MANY, name="many-first", steps=150, mix=Mix(EVERY, ASKED, ("first", "second")), warm=50, readers_only=100),
+    replace(_MANY, name="many-third", steps=150, mix=Mix(EVERY, ASKED, ("third",))),
+    _MANY,
+    Stage("print", 420, Mix(PRINT, {}, ("third", "full", "full"), 0), 64, 4e-3, 1.5e-3, warm=30, decay_from=0.5, dense=1.0),
+    replace(_JOINT, steps=1200),
+    replace(_JOINT, name="cooldown", steps=800, final_rate=0.0, warm=1, decay_from=0.0),
+)
+STAGES = FIRST + THEN
 
 
 @dataclass
@@ -194,21 +188,28 @@ class Run:
     """
 
     def __init__(
-        self, out: Path, seed: int, rank: int, ranks: int, stages: tuple[Stage, ...] = STAGES, start: str | None = None
+        self,
+        out: Path,
+        seed: int,
+        rank: int,
+        ranks: int,
+        stages: tuple[Stage, ...] = STAGES,
+        start: KimiVL | None = None,
+        chat: Chat | None = None,
     ):
         self.out, self.seed, self.rank, self.ranks, self.stages = out, seed, rank, ranks, stages
         self.model = new_model(seed)
         if start is not None:
-            self.model.load_state_dict({n: t.float() for n, t in load(start)[0].state_dict().items()})
+            self.model.load_state_dict({n: t.float() for n, t in start.state_dict().items()})
         self.heads = EyeHeads(CONFIG)
-        self.chat = Chat.from_folder(out / "release")
+        self.chat = chat or Chat.from_folder(out / "release")
         self.parameters = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.parameters |= {f"heads.{n}": p for n, p in self.heads.named_parameters()}
         self.optimiser = MuonAdamW(self.parameters, rank=rank, ranks=ranks)
         self.balancer = Balancer(self.model)
         self.core = forest.TreeCore()
         for layer in self.model.decoder.layers:
-            layer.attn.core = self.core
+            layer.attn.core = self.core  # type: ignore[union-attr]
         self.progress = Progress()
         self.resume()
 
@@ -226,7 +227,7 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state in float32: stepped weights, and the selection biases."""
-        return {n: self.parameters.get(n, t).detach() for n, t in self.model.state_dict().items()}
+        return {n: (self.parameters[n] if n in self.parameters else t).detach() for n, t in self.model.state_dict().items()}
 
     def save(self) -> None:
         """State, then the pointer to it, then the old state goes: a kill at any moment leaves a state to go on from."""
@@ -343,10 +344,7 @@ def continue_briefly(model: KimiVL, chat: Chat, steps: int, seed: int, update: b
     stage = replace(STAGES[-1], name="briefly", steps=steps, batch=8, rate=1e-3, final_rate=1e-3, warm=5, dense=0.0)
     stage = replace(stage, bias_rate=stage.bias_rate if update else 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        release = Path(folder) / "release"
-        save_checkpoint(model, release)
-        chat.save(release)
-        run = Run(Path(folder), seed, 0, 1, (stage,), start=str(release))
+        run = Run(Path(folder), seed, 0, 1, (stage,), model, chat)
     run.model.to(getattr(torch, stage.dtype))
     for choice in run.balancer.choices:
         choice.bias.zero_()
@@ -368,22 +366,31 @@ def prepare(out: Path) -> None:
         (release / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def _work(rank: int, ranks: int, out: Path, seed: int, save_every: int) -> None:
+def _work(rank: int, ranks: int, out: Path, seed: int, save_every: int, start: str | None) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=ranks)
-    Run(out, seed, rank, ranks).train(save_every)
+    given = None if start is None else load(start)[0]
+    Run(out, seed, rank, ranks, STAGES if start is None else THEN, given).train(save_every)
     if ranks > 1:
         dist.destroy_process_group()
 
 
-def main(out: str | Path = "runs/study", seed: int = 0, ranks: int = 2, save_every: int = 100) -> None:
-    """Trains, or goes on training, into `out`; the checkpoint in released layout is `out/release`."""
+def main(
+    out: str | Path = "runs/study", seed: int = 0, ranks: int = 2, save_every: int = 100, start: str | None = None
+) -> None:
+    """Trains, or goes on training, into `out`; the checkpoint in released layout is `out/release`.
+
+    start: weights and tokenizer of another checkpoint, which has had the first three stages; the others follow.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    prepare(out)
+    if start is None:
+        prepare(out)
+    elif not (out / "release").exists():
+        shutil.copytree(checkpoint_folder(start), out / "release")
     (out / "rendezvous").unlink(missing_ok=True)
     if ranks == 1:
-        _work(0, 1, out, seed, save_every)
+        _work(0, 1, out, seed, save_every, start)
     else:
-        spawn(_work, args=(ranks, out, seed, save_every), nprocs=ranks)
+        spawn(_work, args=(ranks, out, seed, save_every, start), nprocs=ranks)

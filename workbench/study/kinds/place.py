@@ -119,7 +119,10 @@ def ink_tint(rng: random.Random) -> list[int]:
 
 
 def show(
-    ground: np.ndarray, things: Iterable[tuple[Obj, list[int]]], prints: Iterable[Print] = (), dark: Sequence[int] = (30, 30, 30)
+    ground: np.ndarray,
+    things: Iterable[tuple[Obj, list[int]]],
+    prints: Iterable[Print] = (),
+    dark: Sequence[int] = (30, 30, 30),
 ) -> View:
     """Shapes, each with its tint, and printed lines on a copy of the ground (height, 3 * width); objects in reading order."""
     canvas, objects, glyphs = ground.copy(), [], []

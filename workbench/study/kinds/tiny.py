@@ -63,7 +63,8 @@ def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, l
     o, size = page.target, view.size
     text = rng.choice(("name the smallest shape.", "what is the smallest shape?", "what is the tiny shape?"))
     asked = [Question("tiny", text, "", o.name, (o.box,), "tiny name", size)]
-    text = rng.choice(("which shape has the smallest thing?", "what shape is the smallest thing?", "what shape is the tiny thing?"))
+    words = ("which shape has the smallest thing?", "what shape is the smallest thing?", "what shape is the tiny thing?")
+    text = rng.choice(words)
     asked.append(Question("tiny", text, "", o.shape, (o.box,), "tiny shape", size))
     if page.number:
         text = rng.choice(("what number is written?", "read the tiny number.", "what is the tiny number?"))
