@@ -5,8 +5,8 @@ Letters: B rows (prompts answered together), T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -186,12 +186,28 @@ def stream_reply(
     top_p: float = 1.0,
     seed: int | None = None,
     thought_budget: int | None = None,
+    begin: Sequence[int] = (),
 ) -> Iterator[Reply]:
-    """Answers one conversation; yields the same growing Reply after every token. Text never shows half a character."""
+    """Answers one conversation; yields the same growing Reply after every token. Text never shows half a character.
+
+    begin: token ids written in the model's place first, such as a thought to go on from. They are part of the reply and
+    count for the budget, but not as new tokens; their log-probability and entropy are nan.
+    """
     prompt = chat.prompt(messages)
     weight = model.logits.weight
-    inputs = collate([prompt], pad_id=0).to(weight.device, weight.dtype)
+    begun = replace(prompt, input_ids=[*prompt.input_ids, *begin])
+    inputs = collate([begun], pad_id=0).to(weight.device, weight.dtype)
     reply, decoder, splitter = Reply(prompt), StreamDecoder(chat.tokenizer), ThoughtSplitter()
+    budgets = None if thought_budget is None else [ThoughtBudget(chat.tokenizer, thought_budget)]
+    for token in begin:
+        reply.token_ids.append(token)
+        reply.logprobs.append(float("nan"))
+        reply.entropies.append(float("nan"))
+        splitter.feed(decoder.feed(token))
+        if budgets:
+            budgets[0].feed(token)
+            # a thought that is longer than the budget already is closed at once, from the marker's first token on
+            budgets[0].tokens = max(budgets[0].tokens, budgets[0].spent or 0)
 
     steps = generate(
         model,
@@ -201,7 +217,7 @@ def stream_reply(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        budgets=None if thought_budget is None else [ThoughtBudget(chat.tokenizer, thought_budget)],
+        budgets=budgets,
     )
     for step in steps:
         token = step.tokens[0]

@@ -1,4 +1,6 @@
-"""Rows computed afresh are the probabilities of the explicit cores, whatever the prompt, the cache and the precision."""
+"""Rows computed afresh are the probabilities of the explicit cores, whatever the prompt, the cache and the precision; a head
+is a head of the model, as wide as it reads.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from agreement import load_case
 from kimi_vl_ref import KimiVL
 from kimi_vl_ref.attention import ExplicitCore
 from kimi_vl_ref.vision import ExplicitPackedCore
+from peers import casts_lifted, deepseek_v3, random_case
 from tiny import tiny_inputs, tiny_model
-from workbench.rows import decoder_rows, vision_rows
+from workbench.rows import decoder_norm_rows, decoder_rows, decoder_scores, head_writes, vision_norm_rows, vision_rows
 from workbench.tape import Tape, attach
 
 CORE, VISION = "decoder.layers.*.attn.core", "vision.layers.*.attn.core"
@@ -92,6 +96,120 @@ def test_rows_times_values_are_what_the_fast_cores_read() -> None:
     torch.testing.assert_close(read, heads, rtol=0, atol=1e-12)
 
 
+@PRECISIONS
+def test_content_and_position_add_up_to_the_scores_and_each_is_its_own_product(dtype: torch.dtype, limit: float) -> None:
+    tape = explicit(dtype)
+    for layer in range(3):
+        for inputs in tape[f"decoder.layers.{layer}.attn.core@in"]:
+            q_nope, q_rope, latent, k_rope, up, _ = inputs
+            content, position, seen = decoder_scores(inputs)
+            keys = torch.einsum("bsr,hnr->bshn", latent, up[:, :10])  # rebuilt, which decoder_scores does not do
+            scale = (10 + 6) ** -0.5  # nope and rope channels of TINY
+            assert apart(content, torch.einsum("bthn,bshn->bhts", q_nope, keys) * scale) <= 20 * limit
+            assert apart(position, torch.einsum("bthr,bsr->bhts", q_rope, k_rope) * scale) <= 20 * limit
+            total = (content + position).masked_fill(~seen, float("-inf"))
+            assert apart(total.softmax(-1), decoder_rows(inputs)) == 0
+
+
+def test_without_rotary_keys_a_score_is_all_content_and_without_latents_all_position() -> None:
+    model, (ids, *_) = tiny_model(), tiny_inputs()
+    for part, silent in (("k_rope", "position"), ("latent", "content")):
+        site = f"decoder.layers.1.attn.{part}"
+        with attach(model, read=[f"{CORE}@in"], edit={site: lambda value, site: torch.zeros_like(value)}) as tape:
+            model(ids)
+        scores = decoder_scores(tape["decoder.layers.1.attn.core@in"][0], [7, -1])
+        assert scores._asdict().pop(silent).abs().max() == 0
+        assert min(scores.content.std(), scores.position.std()) == 0 < max(scores.content.std(), scores.position.std())
+
+
+@PRECISIONS
+def test_what_heads_write_adds_up_to_what_attention_writes(dtype: torch.dtype, limit: float) -> None:
+    model = tiny_model(dtype=dtype)
+    sites = ["decoder.layers.*.attn.core", "decoder.layers.*.attn.out", "vision.layers.*.attn.core", "vision.layers.*.attn.out"]
+    with attach(model, read=sites) as tape:
+        conversation(model, dtype)
+    for layer in range(3):
+        out = model.decoder.layers[layer].attn.out
+        for heads, written in zip(tape[CORE.replace("*", str(layer))], tape[out_site("decoder", layer)], strict=True):
+            parts = head_writes(heads, out.weight)
+            assert parts.shape == (*heads.shape[:2], 5, 52)
+            assert apart(parts.sum(-2), written) <= 10 * limit
+    out = model.vision.layers[1].attn.out
+    parts = head_writes(tape["vision.layers.1.attn.core"][0], out.weight)
+    assert parts.shape == (28, 7, 56)
+    assert apart(parts.sum(-2) + out.bias, tape[out_site("vision", 1)][0]) <= 10 * limit
+
+
+@PRECISIONS
+def test_norm_weighted_rows_are_the_lengths_of_what_each_key_adds(dtype: torch.dtype, limit: float) -> None:
+    """Naively: every weighted value sent through its head's part of W_O, for all pairs; those vectors add up to attn.out."""
+    model = tiny_model(dtype=dtype)
+    with attach(model, read=[f"{CORE}@in", f"{VISION}@in", "decoder.layers.*.attn.out"]) as tape:
+        conversation(model, dtype)
+    out = model.decoder.layers[1].attn.out.weight
+    written = tape[out_site("decoder", 1)]
+    for call in (0, 3):  # the prompts of unequal lengths, and the last cached step
+        inputs = tape["decoder.layers.1.attn.core@in"][call]
+        _, _, latent, _, up, _ = inputs
+        values = torch.einsum("bsr,hvr->bhsv", latent, up[:, 10:])
+        added = torch.einsum("bhts,bhsv,dhv->bhtsd", decoder_rows(inputs), values, out.unflatten(1, (5, 12)))
+        for row, length in enumerate(TURNS[call]):
+            assert apart(added.sum((1, 3))[row, :length], written[call][row, :length]) <= 10 * limit
+        rows = decoder_norm_rows(inputs, out, [-1, 0])
+        assert apart(rows, added[:, :, [-1, 0]].norm(dim=-1)) <= 10 * limit
+    (inputs,) = tape["vision.layers.0.attn.core@in"]
+    out = model.vision.layers[0].attn.out.weight
+    values = inputs[2].split([8, 12, 8])[1]  # the second picture
+    added = torch.einsum("hps,shd,vhd->hpsv", vision_rows(inputs, 1), values, out.unflatten(1, (7, 8)))
+    assert apart(vision_norm_rows(inputs, out, 1, [4, 9]), added[:, [4, 9]].norm(dim=-1)) <= 10 * limit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [200, 201])
+def test_ablating_a_head_is_zeroing_its_slice_before_the_peers_o_proj(seed: int) -> None:
+    """The head axis has H heads of v_head_dim. A tool that cuts it by qk_rope_head_dim ablates parts of other heads."""
+    case = random_case(seed).to(torch.float64)
+    sizes = case.config["text_config"]
+    heads, width = sizes["num_attention_heads"], sizes["v_head_dim"]
+    assert len({width, sizes["qk_rope_head_dim"], sizes["qk_nope_head_dim"], heads}) == 4
+    ours, head = load_case(case, torch.float64), heads - 2
+
+    def without(value: Tensor, site: str) -> Tensor:
+        assert value.shape[2:] == (heads, width)
+        value[:, :, head] = 0
+        return value
+
+    def zero_slice(o_proj: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        given = (given[0].clone(),)
+        given[0][..., head * width : (head + 1) * width] = 0
+        return given
+
+    with attach(ours, edit={"decoder.layers.1.attn.core": without}):
+        ablated = ours.logits(ours(case.input_ids))
+    with casts_lifted(torch.float64):
+        peer = deepseek_v3(case.config, case.tensors)
+        whole = peer(input_ids=case.input_ids).logits
+        handle = peer.model.layers[1].self_attn.o_proj.register_forward_pre_hook(zero_slice)
+        expected = peer(input_ids=case.input_ids).logits
+        handle.remove()
+    assert (expected - whole).abs().max() > 1e-3
+    torch.testing.assert_close(ablated, expected, rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_editing_router_scores_changes_the_answer() -> None:
+    """Choice and weights both come after the scores: a hook on a finished choice would change nothing."""
+    model, (ids, *_) = tiny_model(), tiny_inputs()
+    plain = model.logits(model(ids))
+    router = "decoder.layers.1.ffn.router"
+    with attach(model, read=[f"{router}.chosen"], edit={f"{router}.scores": lambda scores, site: 1 - scores}) as tape:
+        edited = model.logits(model(ids))
+    with attach(model, read=[f"{router}.chosen"]) as before:
+        model(ids)
+    assert (edited - plain).abs().max() > 1e-3
+    assert not torch.equal(tape[f"{router}.chosen"][0], before[f"{router}.chosen"][0])
+
+
 def test_rows_of_half_precision_are_float32_and_sum_to_one() -> None:
     model = tiny_model(dtype=torch.bfloat16)
     with attach(model, read=[f"{CORE}@in"]) as tape:
@@ -122,6 +240,12 @@ def test_rows_that_do_not_exist_are_named() -> None:
         vision_rows(vision, 0, [8])
     with pytest.raises(ValueError, match="picture 3 does not exist; this call saw pictures 0 to 2"):
         vision_rows(vision, 3)
+    with pytest.raises(ValueError, match="5 heads of 6 channels do not fit an output weight of .52, 60."):
+        head_writes(torch.ones(2, 5, 6), torch.ones(52, 60))
+
+
+def out_site(part: str, layer: int) -> str:
+    return f"{part}.layers.{layer}.attn.out"
 
 
 def apart(a: Tensor, b: Tensor) -> float:

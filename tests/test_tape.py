@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from kimi_vl_ref.attention import ExplicitCore
 from kimi_vl_ref.cache import LatentCache
 from tiny import tiny_inputs, tiny_model
 from workbench.sites import SiteError, match, sites
+from workbench.sites import sizes as sizes_of
 from workbench.tape import active_edits, attach, in_own_context
 
 MODEL = tiny_model(dtype=torch.float64)
@@ -42,7 +44,8 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def bare(model: nn.Module = MODEL) -> bool:
     """No hook and no detour is left anywhere."""
-    return not any(module._forward_hooks or "forward" in module.__dict__ for module in model.modules())
+    hooked = (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
+    return not any(hooked)
 
 
 def nudge(tensor: Tensor, site: str) -> Tensor:
@@ -113,6 +116,8 @@ def test_axes_are_those_that_the_table_gives() -> None:
         sizes["H"] = vision.num_attention_heads if name.startswith("vision") else text.num_attention_heads
         shape, axes = tape[name][0].shape, site.axes.split()
         assert [sizes.get(axis, size) for axis, size in zip(axes, shape, strict=True)] == list(shape), name
+        for said, size in zip(sizes_of(MODEL.config, site), shape, strict=True):
+            assert said == size or isinstance(said, str) and sizes[said] == size, name
 
 
 def test_sites_that_are_called_the_same_are_the_same() -> None:
@@ -293,7 +298,8 @@ def test_another_model_can_be_read_too() -> None:
     ],
 )
 def test_an_unknown_name_raises_with_near_matches(name: str, hint: str) -> None:
-    for arguments in ({"read": [name]}, {"edit": {name: nudge}}, {"swap": {name: nn.Identity()}}):
+    asked: list[dict[str, Any]] = [{"read": [name]}, {"edit": {name: nudge}}, {"swap": {name: nn.Identity()}}]
+    for arguments in asked:
         with pytest.raises(SiteError, match=hint):
             with attach(MODEL, **arguments):
                 answer()
@@ -356,7 +362,7 @@ def test_one_module_cannot_stand_in_for_several() -> None:
 
 
 def test_a_compiled_model_is_refused() -> None:
-    wrapped = torch.compile(MODEL, backend="eager")
+    wrapped: Any = torch.compile(MODEL, backend="eager")
     part = tiny_model()
     part.decoder.layers[1].compile(backend="eager")
     forward = tiny_model()

@@ -101,6 +101,70 @@ def demo(
     importlib.import_module("demos.app").main(model=model, host=host, port=port)
 
 
+@app.command("run")
+def record_run(
+    question: Annotated[str, typer.Argument(help="what to ask")],
+    out: Annotated[Path, typer.Option(help="the run file; name it like count-1.run to have 'count' as its domain")],
+    image: Annotated[list[Path] | None, typer.Option(help="a picture; repeat it for several")] = None,
+    model: Model = "study",
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="stop after so many tokens, thought included")] = 512,
+    thought_budget: Budget = None,
+    seed: Seed = None,
+) -> None:
+    """Answer a question and save what happened inside as a run file."""
+    from .analyses.command import record_to_file
+
+    run = record_to_file(
+        question,
+        image or [],
+        out,
+        model=model,
+        show=show,
+        temperature=temperature,
+        max_new_tokens=max_tokens,
+        thought_budget=thought_budget,
+        seed=seed,
+    )
+    typer.echo(f"{out}: {len(run.token_ids)} tokens, {out.stat().st_size / 1e6:.1f} MB", err=True)
+
+
+@app.command()
+def analyse(
+    name: Annotated[str, typer.Argument(help="an analysis; 'list' prints their names")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="run files")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for figure and numbers; default: the analysis' name")] = None,
+    against: Annotated[list[Path] | None, typer.Option(help="a run to compare with; repeat it for several")] = None,
+    model: Model = "study",
+    group: Annotated[str, typer.Option(help="which tokens: all, picture, question, thought, answer, ...")] = "all",
+    layer: Annotated[int | None, typer.Option(help="a decoder layer")] = None,
+    position: Annotated[int | None, typer.Option(help="a token; default: the first one written")] = None,
+    picture: Annotated[int, typer.Option(help="which picture, counted from 0")] = 0,
+    expert: Annotated[list[str] | None, typer.Option(help="layer.expert, such as 3.7; repeat it for several")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of shuffles and random controls")] = 0,
+) -> None:
+    """Write the figure (PNG, SVG) and the numbers (CSV, about.json) of an analysis of recorded runs."""
+    from .analyses import command
+
+    if name == "list":
+        typer.echo("\n".join(command.names()))
+        return
+    written = command.analyse(
+        name,
+        runs or [],
+        out or Path(name),
+        against=against or [],
+        model=model,
+        group=group,
+        layer=layer,
+        position=position,
+        picture=picture,
+        experts=[command.expert(one) for one in expert or []],
+        seed=seed,
+    )
+    typer.echo("\n".join(map(str, written)))
+
+
 @study.command("evaluate")
 def study_evaluate(
     model: Model = "study",

@@ -6,12 +6,11 @@ drawn. Letters: T positions, L decoder layers, H heads, E experts, K chosen, M v
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
-import tempfile
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
@@ -19,23 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_safetensors
-from torch import Tensor, nn
 
 from kimi_vl_ref import Chat, KimiVL, Reply, stream_reply
 from kimi_vl_ref.chat import reply_roles
 from kimi_vl_ref.images import PatchGrid, Picture, open_image
-from kimi_vl_ref.moe import MoE
 from kimi_vl_ref.thought import split_thought
 
-from .rows import decoder_rows
-from .tape import Keep, active_edits, attach, in_own_context
+from .edits import Change, applied, in_force
+from .edits.change import Applied
+from .edits.routing import moe_layers
+from .kept import DETAILS, from_steps, picture_kept, to_steps
+from .recorder import Recorder, fingerprint
+from .run_files import RunError, read, reason, write
+from .tape import active_edits, attach, in_own_context
 
-FORMAT = 1
-PROMPT_ROWS = 1024  # attention rows kept of the prompt's end; a longer question keeps its last ones
-ATTENTION_BYTES = 1 << 30  # more picture_attention than this becomes the mean over heads, then its last rows
-SCRATCH = 1 << 24  # numbers of one (H, rows, S) block while rows are computed
+__all__ = ["ARRAYS", "Begin", "Run", "RunError", "fingerprint", "record"]
 
 # Arrays of a Run: dtype and axes. The letters are the module's; R counts attention rows, L_moe the layers that route.
 ARRAYS: dict[str, tuple[type, str]] = {
@@ -49,10 +46,6 @@ ARRAYS: dict[str, tuple[type, str]] = {
     "picture_attention": (np.float16, "L H R M"),
     "role_mass": (np.float16, "L H R G"),
 }
-
-
-class RunError(ValueError):
-    """A run file that cannot be read or written, or a question that this run cannot answer."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +82,10 @@ class Run:
     dtype: str
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    edits: list[str] = field(default_factory=list)  # in force while it was recorded, as "edit site" or "swap site"
+    edits: list[str] = field(default_factory=list)  # in force while it was recorded: lines of changes, or "edit site"
     versions: dict[str, str] = field(default_factory=dict)  # "weights" is a fingerprint of the model's weights
     messages: list[dict[str, Any]] = field(default_factory=list)  # as asked; a picture is its number
+    kept: dict[str, str] = field(default_factory=dict)  # arrays that are not exact float16: name -> "square root steps"
 
     def tokens_of_picture(self, picture: int) -> slice:
         """Where the visual tokens of one picture lie among the M of all pictures."""
@@ -124,22 +118,25 @@ class Run:
         """One safetensors file with everything inside, no pickle; it appears whole or not at all. Raises RunError."""
         self.check()
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype) for name, (dtype, _) in ARRAYS.items()}
+        arrays |= {name: to_steps(arrays[name]) for name in self.kept}
         for number, picture in enumerate(self.pictures):
             png = BytesIO()
             picture.image.save(png, "PNG")
             arrays[f"picture {number}"] = np.frombuffer(png.getvalue(), np.uint8)
         story = {name: getattr(self, name) for name in _STORY}
         story["pictures"] = [{f.name: getattr(p.grid, f.name) for f in fields(PatchGrid)} for p in self.pictures]
-        text = json.dumps(story, ensure_ascii=True)  # a lone surrogate would not survive as UTF-8
-        metadata = {"kimi_vl_run": text, "format": str(FORMAT), "sha256": _digest(text, arrays)}
-        _write(Path(path), to_safetensors(arrays, metadata))
+        write(Path(path), json.dumps(story, ensure_ascii=True), arrays)  # a lone surrogate would not survive as UTF-8
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
         """Reads a saved run; needs no model. Raises RunError naming the file and what is wrong with it."""
-        text, arrays = _read(Path(path))
+        text, arrays = read(Path(path))
         try:
             parts: dict[str, Any] = json.loads(text) | arrays
+            for name in parts["kept"]:
+                if name not in ARRAYS or parts[name].dtype != np.uint8:
+                    raise ValueError(f"{name} is said to be kept in steps, and is not")
+                parts[name] = from_steps(parts[name])
             pictures = []
             for number, grid in enumerate(parts["pictures"]):
                 geometry: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in grid.items()}
@@ -147,7 +144,7 @@ class Run:
             run = cls(**{**parts, "pictures": pictures})
             run.check()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RunError(f"{path} is damaged: {_reason(error)}; copy or record it again") from error
+            raise RunError(f"{path} is damaged: {reason(error)}; copy or record it again") from error
         return run
 
     def check(self) -> None:
@@ -181,6 +178,15 @@ class Run:
 _STORY = [one.name for one in fields(Run) if one.name not in ARRAYS and one.name != "pictures"]
 
 
+@dataclass(frozen=True)
+class Begin:
+    """A reply's first tokens, written in the model's place, and what a run says of them."""
+
+    ids: Sequence[int]
+    line: str  # for Run.edits
+    settings: Mapping[str, Any] = field(default_factory=dict)  # JSON-able, for Run.settings["begin"]
+
+
 def record(
     model: KimiVL,
     chat: Chat,
@@ -193,199 +199,144 @@ def record(
     seed: int | None = None,
     thought_budget: int | None = None,
     should_stop: Callable[[], bool] | None = None,
+    changes: Sequence[Change] = (),
+    begin: Begin | None = None,
+    detail: str = "default",
 ) -> Iterator[Reply | Run]:
     """Answers one conversation; yields the same growing Reply after every token and, last, the Run. Changes no logit.
 
-    should_stop is asked after every token; once it says True, what was written so far becomes the Run. The options are
-    those of `stream_reply`. Costs one decoding step more, since the last token is read too.
+    should_stop is asked after every token; once it says True, what was written so far becomes the Run. The options from
+    max_new_tokens to thought_budget are those of `stream_reply`. Costs one decoding step more, since the last token is
+    read too.
+
+    changes   put in force for this answer (`workbench.edits`). They, and those of an `applied` block around the call, are
+              in `Run.edits` as lines and in `Run.settings["changes"]` with settings and counts of what they touched here.
+              One that touched nothing is warned of (RuntimeWarning), so that what was written is not lost.
+    begin     what the reply begins with, such as an edited thought: `workbench.thoughts`.
+    detail    "default" keeps attention as far as a saved run stays small, "full" all of it as far as memory allows:
+              `workbench.kept` has the sizes.
     """
+    if detail not in DETAILS:
+        raise RunError(f"detail={detail!r} is unknown; use one of {', '.join(DETAILS)}")
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "thought_budget": thought_budget,
     }
-    return in_own_context(_record(model, chat, messages, model_name, seed, options, should_stop))
+    job = _Recording(model, chat, messages, model_name, seed, options, should_stop, list(changes), begin, detail)
+    return in_own_context(job.items())
 
 
-def _record(
-    model: KimiVL,
-    chat: Chat,
-    messages: list[dict[str, Any]],
-    model_name: str,
-    seed: int | None,
-    options: dict[str, Any],
-    should_stop: Callable[[], bool] | None,
-) -> Generator[Reply | Run, None, None]:
-    recorder, edits = _Recorder(model), active_edits()
-    answered: Reply | None = None
-    with attach(model, read=recorder.keeps()) as tape:
-        stream = stream_reply(model, chat, messages, seed=seed, **options)
-        try:
-            for answered in stream:
-                yield answered
-                if should_stop is not None and should_stop():
-                    break
-        finally:
-            stream.close()  # type: ignore[attr-defined]
-        assert answered is not None
-        recorder.read_last(answered.token_ids[-1])
-    prompt, written = answered.prompt, answered.token_ids
-    ids, roles = prompt.input_ids + written, prompt.roles + reply_roles(chat.tokenizer, written)
-    attention = recorder.attention(roles, len(prompt.input_ids))
-    thought, answer = split_thought(chat.tokenizer.decode(id for id in written if id not in chat.stop_ids))
-    unwritten = np.full(len(prompt.input_ids), np.nan, np.float32)
-    weight = model.logits.weight
-    run = Run(
-        question=next((_text(m["content"]) for m in reversed(messages) if m["role"] == "user"), ""),
-        pictures=list(prompt.pictures),
-        token_ids=np.array(ids, np.int32),
-        texts=[chat.tokenizer.token_text(id) for id in ids],
-        roles=roles,
-        prompt_length=len(prompt.input_ids),
-        logprobs=np.concatenate([unwritten, np.array(answered.logprobs, np.float32)]),
-        entropies=np.concatenate([unwritten, np.array(answered.entropies, np.float32)]),
-        thought=thought,
-        answer=answer,
-        finished=answered.finished,
-        **recorder.routing(tape),
-        **attention,
-        model_name=model_name,
-        device=str(weight.device),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        seed=seed,
-        settings={**options, "heads": "each" if attention["picture_attention"].shape[1] > 1 else "mean over heads"},
-        edits=edits,
-        versions={
-            "torch": torch.__version__.split("+")[0],
-            "python": platform.python_version(),
-            "weights": fingerprint(model),
-        },
-        messages=_plain(messages),
-    )
-    run.check()
-    yield run
+@dataclass
+class _Recording:
+    """One call of `record`."""
+
+    model: KimiVL
+    chat: Chat
+    messages: list[dict[str, Any]]
+    model_name: str
+    seed: int | None
+    options: dict[str, Any]
+    should_stop: Callable[[], bool] | None
+    changes: list[Change]
+    begin: Begin | None
+    detail: str
+
+    def items(self) -> Generator[Reply | Run, None, None]:
+        answered: Reply | None = None
+        with ExitStack() as stack:
+            if self.changes:
+                stack.enter_context(applied(self.model, self.changes, idle="report"))
+            around = [one for one in in_force() if one.model is self.model]
+            _refuse_uneven(self.model, around)
+            before = [one.counts() for one in around]
+            recorder = Recorder(self.model)
+            tape = stack.enter_context(attach(self.model, read=recorder.keeps()))
+            begin = () if self.begin is None else self.begin.ids
+            stream = stream_reply(self.model, self.chat, self.messages, seed=self.seed, begin=begin, **self.options)
+            try:
+                for answered in stream:
+                    yield answered
+                    if self.should_stop is not None and self.should_stop():
+                        break
+            finally:
+                stream.close()  # type: ignore[attr-defined]
+            assert answered is not None
+            recorder.read_last(answered.token_ids[-1])
+            run = self._run(answered, recorder, tape, around, before)
+        for change in run.settings.get("changes", ()):
+            if not any(change["touched"].values()):
+                warnings.warn(f"{change['change']}: touched nothing in this run", RuntimeWarning, stacklevel=2)
+        yield run
+
+    def _run(self, answered: Reply, recorder: Recorder, tape: Any, around: list[Applied], before: list[Any]) -> Run:
+        prompt, written, tokenizer = answered.prompt, answered.token_ids, self.chat.tokenizer
+        ids, roles = prompt.input_ids + written, prompt.roles + reply_roles(tokenizer, written)
+        thought, answer = split_thought(tokenizer.decode(id for id in written if id not in self.chat.stop_ids))
+        pictures = [picture_kept(picture, self.detail) for picture in prompt.pictures]
+        routing = recorder.routing(tape)
+        other = sum(part.nbytes for part in routing.values() if isinstance(part, np.ndarray)) + 200 * len(ids)
+        other += sum(3 * picture.image.width * picture.image.height for picture in pictures)
+        attention, kept = recorder.attention(roles, len(prompt.input_ids), other, self.detail)
+        unwritten = np.full(len(prompt.input_ids), np.nan, np.float32)
+        weight = self.model.logits.weight
+        settings: dict[str, Any] = {**self.options, "heads": kept.heads}
+        edits = _other_edits(around)
+        if around:
+            changes = [change for one, counts in zip(around, before, strict=True) for change in one.report(since=counts)]
+            settings["changes"], edits = changes, [change["change"] for change in changes] + edits
+        if self.begin is not None:
+            settings["begin"] = {"tokens": len(self.begin.ids), **self.begin.settings}
+            edits.append(self.begin.line)
+        run = Run(
+            question=next((_text(m["content"]) for m in reversed(self.messages) if m["role"] == "user"), ""),
+            pictures=pictures,
+            token_ids=np.array(ids, np.int32),
+            texts=[tokenizer.token_text(id) for id in ids],
+            roles=roles,
+            prompt_length=len(prompt.input_ids),
+            logprobs=np.concatenate([unwritten, np.array(answered.logprobs, np.float32)]),
+            entropies=np.concatenate([unwritten, np.array(answered.entropies, np.float32)]),
+            thought=thought,
+            answer=answer,
+            finished=answered.finished,
+            **routing,
+            **attention,
+            model_name=self.model_name,
+            device=str(weight.device),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            seed=self.seed,
+            settings=settings,
+            edits=edits,
+            versions={
+                "torch": torch.__version__.split("+")[0],
+                "python": platform.python_version(),
+                "weights": fingerprint(self.model),
+            },
+            messages=_plain(self.messages),
+            kept={"picture_attention": "square root steps"} if kept.steps else {},
+        )
+        run.check()
+        return run
 
 
-class _Recorder:
-    """Keeps all routing, and of attention the queries and the latents, which together are every row there could be.
-
-    Rows are computed at the end: only then is it known which token belongs to the thought and which to the answer.
-    """
-
-    def __init__(self, model: KimiVL):
-        self.model = model
-        self.routers = {i: layer.ffn.router for i, layer in enumerate(model.decoder.layers) if isinstance(layer.ffn, MoE)}
-        self.first_row: int | None = None
-        self.given = {site: 0 for site in self._cores()}  # tokens each core has been given
-        self.queries: dict[str, list[tuple[Tensor, Tensor]]] = {site: [] for site in self.given}
-        self.keys: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # latent, k_rope of all tokens so far; up
-        self.cache: Any = None
-
-    def _cores(self) -> list[str]:
-        return [f"decoder.layers.{i}.attn.core@in" for i in range(len(self.model.decoder.layers))]
-
-    def keeps(self) -> dict[str, Keep | None]:
-        parts: dict[str, Keep] = {"scores": _as(torch.float16), "chosen": _as(torch.int16), "weights": _as(torch.float16)}
-        routing = {f"decoder.layers.{i}.ffn.router.{part}": keep for i in self.routers for part, keep in parts.items()}
-        cores = dict.fromkeys(self.given, self._keep_core)
-        return {"embedded@in": self._keep_prompt, "decoder@in": self._keep_cache, **cores, **routing}
-
-    def _keep_prompt(self, inputs: tuple[Any, ...], _site: str) -> None:
-        if self.first_row is None:
-            ids = inputs[0][0]
-            pictures = (ids == self.model.config.media_placeholder_token_id).nonzero()
-            self.first_row = max(int(pictures[-1]) + 1 if len(pictures) else 0, len(ids) - PROMPT_ROWS, 0)
-
-    def _keep_cache(self, inputs: tuple[Any, ...], _site: str) -> None:
-        self.cache = inputs[2]
-
-    def _keep_core(self, inputs: tuple[Any, ...], site: str) -> None:
-        q_nope, q_rope, latent, k_rope, up, _ = inputs
-        assert self.first_row is not None
-        skipped = max(0, self.first_row - self.given[site])
-        self.given[site] += q_nope.shape[1]
-        self.keys[site] = (latent, k_rope, up)
-        q_nope, q_rope = q_nope[:, skipped:], q_rope[:, skipped:]
-        # a view would keep the queries of the whole prompt alive
-        self.queries[site].append((q_nope.clone(), q_rope.clone()) if skipped else (q_nope, q_rope))
-
-    @torch.inference_mode()
-    def read_last(self, token: int) -> None:
-        """Gives the model the token it wrote last, so that every token has its routing and its row."""
-        self.model(torch.tensor([[token]], device=self.model.logits.weight.device), cache=self.cache)
-
-    def routing(self, tape: Mapping[str, list[Tensor]] | Any) -> dict[str, Any]:
-        def part(name: str, dtype: type) -> np.ndarray:
-            layers = [torch.cat(tape[f"decoder.layers.{i}.ffn.router.{name}"], dim=1)[0] for i in self.routers]
-            return torch.stack(layers).cpu().numpy().astype(dtype)
-
-        bias = torch.stack([router.chosen.bias for router in self.routers.values()]).float().cpu().numpy()
-        return {
-            "moe_layers": list(self.routers),
-            "n_experts": bias.shape[1],
-            "chosen": part("chosen", np.uint16),
-            "weights": part("weights", np.float16),
-            "scores": part("scores", np.float16),
-            "bias": bias,
-        }
-
-    @torch.inference_mode()
-    def attention(self, roles: list[str], prompt_length: int) -> dict[str, Any]:
-        assert self.first_row is not None
-        asked = [t for t in range(self.first_row, prompt_length) if roles[t] == "user"]
-        first_row = asked[0] if asked else self.first_row
-        visual = [t for t, role in enumerate(roles) if role.startswith("image ")]
-        per_row = 2 * len(self.given) * len(visual)  # bytes of one head
-        heads = next(iter(self.queries.values()))[0][0].shape[2]
-        each = per_row * heads * (len(roles) - first_row) <= ATTENTION_BYTES
-        if not each and per_row:
-            first_row = max(first_row, len(roles) - ATTENTION_BYTES // per_row)
-        names = list(dict.fromkeys(roles))
-        numbers = {name: at for at, name in enumerate(names)}
-        device = self.model.logits.weight.device
-        role_of = torch.tensor([numbers[role] for role in roles], device=device)
-        columns = torch.tensor(visual, dtype=torch.long, device=device)
-        layers = [self._layer(site, first_row, columns, role_of, each) for site in self.given]
-        return {
-            "first_row": first_row,
-            "picture_attention": np.stack([seen for seen, _ in layers]),
-            "role_names": names,
-            "role_mass": np.stack([mass for _, mass in layers]),
-        }
-
-    def _layer(self, site: str, first_row: int, visual: Tensor, role_of: Tensor, each: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(H, rows, M) and (H, rows, G) of one layer, in blocks of rows."""
-        assert self.first_row is not None
-        skip = first_row - self.first_row
-        q_nope, q_rope = (torch.cat(parts, dim=1)[:, skip:] for parts in zip(*self.queries[site], strict=True))
-        latent, k_rope, up = self.keys[site]
-        count, keys = q_nope.shape[1], latent.shape[1]
-        member = nn.functional.one_hot(role_of)
-        block = max(1, SCRATCH // (q_nope.shape[2] * keys))
-        seen, mass = [], []
-        for start in range(0, count, block):
-            rows = torch.arange(start, min(start + block, count), device=latent.device)
-            visible = torch.arange(keys, device=latent.device) <= (first_row + rows)[:, None]
-            probs = decoder_rows((q_nope[:, rows], q_rope[:, rows], latent, k_rope, up, visible[None]))[0]  # (H, rows, S)
-            probs = probs if each else probs.mean(0, keepdim=True)
-            seen.append(probs[..., visual].to(torch.float16).cpu())
-            mass.append((probs @ member.to(probs.dtype)).to(torch.float16).cpu())
-        return torch.cat(seen, dim=1).numpy(), torch.cat(mass, dim=1).numpy()
+def _refuse_uneven(model: KimiVL, around: list[Applied]) -> None:
+    """A Run has one K for all layers."""
+    top_k = {layer: model.config.text.num_experts_per_tok for layer in moe_layers(model)}
+    for change in (change for one in around for change in one.changes if change.name == "set_top_k"):
+        layers = top_k if change.settings["layers"] is None else change.settings["layers"]
+        top_k |= {layer: change.settings["k"] for layer in layers}
+    if len(set(top_k.values())) > 1:
+        raise RunError(f"layers would choose {sorted(set(top_k.values()))} experts a token; record with one top-k for all")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """12 hex digits that tell weights apart: names, shapes and 64 values spread over every tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()[:12]
-
-
-def _as(dtype: torch.dtype) -> Keep:
-    return lambda tensor, _site: tensor.to(dtype)
+def _other_edits(around: list[Applied]) -> list[str]:
+    """What `active_edits` says, without what it says of changes."""
+    found = active_edits()
+    for line in (line for one in around for line in one.lines):
+        found.remove(line)
+    return found
 
 
 def _text(content: Any) -> str:
@@ -410,53 +361,3 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             content = parts
         plain.append({"role": message["role"], "content": content})
     return plain
-
-
-def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            part = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({error.strerror or error}); choose a folder that exists and has room") from error
-
-
-def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """The JSON text and the arrays of a run file, known to be as they were written."""
-    if not path.is_file():
-        raise RunError(f"there is no file {path}; check the path of the run")
-    try:
-        with safe_open(path, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-            if not {"kimi_vl_run", "format", "sha256"} <= metadata.keys():
-                raise RunError(f"{path} is a safetensors file but not a run; give a file that Run.save has written")
-            if metadata["format"] != str(FORMAT):
-                raise RunError(
-                    f"{path} is a run of format {metadata['format']}, and this version reads format {FORMAT}; "
-                    "open it with the version that wrote it"
-                )
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is cut off, damaged or not a run ({_reason(error)}); copy or record it again") from error
-    if _digest(metadata["kimi_vl_run"], arrays) != metadata["sha256"]:
-        raise RunError(f"{path} is damaged: its contents do not match its checksum; copy or record it again")
-    return metadata["kimi_vl_run"], arrays
-
-
-def _reason(error: BaseException) -> str:
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0].rstrip(".;")

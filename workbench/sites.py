@@ -1,5 +1,6 @@
 """The sites of a model: what can be read, edited or swapped, by name. A site is a submodule that returns one tensor and lies
-on the path to the answer; its name is its module path, so there is no register to keep in step with the model.
+on the path to the answer; its name is its module path, so there is no register to keep in step with the model. In another
+implementation of the model (`released.py`) the same names mean the same tensors, wherever they are seen there.
 
 Axes: B rows, T tokens, Q rows asked for, P patches of all pictures, M visual tokens, C the 4 patches of a visual token,
 H heads, n/r/v/d channels of a head, R latent, D decoder stream, V MoonViT stream, F inner width, E experts, K chosen,
@@ -9,14 +10,19 @@ W vocabulary. Globs: `*` and `[0-3]` stay inside one part of a name, `**` crosse
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import groupby, product
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from kimi_vl_ref import checkpoint_folder
+from kimi_vl_ref.config import KimiVLConfig
 from kimi_vl_ref.model import KimiVL
 
 
@@ -24,11 +30,30 @@ class SiteError(ValueError):
     """A site that does not exist or did not run, or something that cannot be done at it."""
 
 
+class Call(NamedTuple):
+    """One call of a module: what a View may need besides the value."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    batch: int  # B of the decoder's call
+
+
+@dataclass(frozen=True)
+class View:
+    """How a tensor of ours is seen in what a module of another implementation returns, or is given."""
+
+    take: Callable[[Any, Call], Tensor]  # that module's value -> our tensor
+    put: Callable[[Any, Tensor, Call], Any] | None  # the value with our tensor in it; None: it can only be read
+    given: str | None = None  # seen in the input of this name (the first one) instead of in what is returned
+
+
 @dataclass(frozen=True)
 class Site:
     name: str
     axes: str  # letters of the module docstring, outermost first
     what: str
+    module: str = ""  # where it is seen in another implementation; ours bear the name of the site
+    view: View | None = None
 
     @property
     def token_axis(self) -> int | None:
@@ -93,19 +118,72 @@ TABLE = {
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """Every site of a model by name, in the order of TABLE. Another model than KimiVL has its submodules, axes unknown."""
+    """Every site of a model by name, in the order of TABLE.
+
+    A released implementation has the sites that `released.released_sites` finds in it; any other model its submodules, axes
+    unknown.
+    """
     modules = dict(model.named_modules())
-    if not isinstance(model, KimiVL):
-        return {name: Site(name, "", type(module).__name__) for name, module in modules.items() if name}
-    found: dict[str, Site] = {}
+    if isinstance(model, KimiVL):
+        named = names(len(model.vision.layers), len(model.decoder.layers))
+        return {name: Site(name, *TABLE[template]) for name, template in named if name in modules}
+    from .released import released_sites  # it is made of this file's parts
+
+    return released_sites(model) or {name: Site(name, "", type(part).__name__) for name, part in modules.items() if name}
+
+
+def names(vision_layers: int, decoder_layers: int) -> Iterator[tuple[str, str]]:
+    """(name, template) of TABLE for every layer, in their order. Not all are in a model: layer 0 has no router, the others no
+    dense FFN.
+    """
+    counts = {"vision.layers.": vision_layers, "decoder.layers.": decoder_layers}
     for start, templates in groupby(TABLE, lambda template: template.partition("{i}")[0]):
-        layers = len(modules[start.strip(".")]) if start.endswith("layers.") else 1  # type: ignore[arg-type]
-        names = list(templates)
-        for i, template in product(range(layers), names):
-            name = template.format(i=i)
-            if name in modules:  # layer 0 has no router, the others no dense FFN
-                found[name] = Site(name, *TABLE[template])
-    return found
+        for i, template in product(range(counts.get(start, 1)), list(templates)):
+            yield template.format(i=i), template
+
+
+def sizes(config: KimiVLConfig, site: Site) -> tuple[int | str, ...]:
+    """How long each axis of a site is; a letter where that depends on what is asked (B T Q P M)."""
+    vision, text = config.vision, config.text
+    shared, dense = text.n_shared_experts * text.moe_intermediate_size, text.intermediate_size
+    inner = {"vision": vision.intermediate_size, "projector": vision.merged_size}
+    side = site.name.partition(".")[0]
+    known = {
+        "V": vision.hidden_size, "3V": 3 * vision.hidden_size, "C": vision.merge_kernel_size[0] * vision.merge_kernel_size[1],
+        "d": vision.head_dim, "D": text.hidden_size, "1": 1, "R": text.kv_lora_rank, "r": text.qk_rope_head_dim,
+        "R+r": text.kv_lora_rank + text.qk_rope_head_dim, "H(n+r)": text.num_attention_heads * text.qk_head_dim,
+        "v": text.v_head_dim, "E": text.n_routed_experts, "K": text.num_experts_per_tok, "W": text.vocab_size,
+        "H": vision.num_attention_heads if side == "vision" else text.num_attention_heads,
+        "F": inner.get(side, shared if ".shared." in site.name else dense),
+    }  # fmt: skip
+    return tuple(known.get(letter, letter) for letter in site.axes.split())
+
+
+def skeleton(source: str | Path) -> KimiVL:
+    """The model of a checkpoint folder, or of "study", without its weights: what its sites are, at no cost.
+
+    Reads config.json only. Raises ConfigError for one that is missing or not Kimi-VL's.
+    """
+    with torch.device("meta"):
+        return KimiVL(KimiVLConfig.from_json(checkpoint_folder(source) / "config.json"))
+
+
+def listing(model: KimiVL, glob: str | None = None) -> list[str]:
+    """Lines for a person: name, axes, sizes and what it is. Without a glob one line for the same site of all layers, named by
+    the glob that means them all. Raises SiteError when a glob means none.
+
+        print(*listing(skeleton("study"), "decoder.layers.1.ffn.**"), sep="\n")
+    """
+    found = sites(model)
+    if glob:
+        shown = {name: found[name] for name in match(glob, found)}
+    else:
+        same = {re.sub(r"\.layers\.\d+", ".layers.{i}", name): site for name, site in found.items()}
+        shown = {template.replace("{i}", "*"): same[template] for template in TABLE if template in same}
+    rows = [(name, site.axes, " x ".join(map(str, sizes(model.config, site))), site.what) for name, site in shown.items()]
+    rows = [("site", "axes", "sizes", "what it is"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return ["  ".join([*(part.ljust(width) for part, width in zip(row, widths, strict=False)), row[3]]) for row in rows]
 
 
 def match(glob: str, names: Iterable[str]) -> list[str]:

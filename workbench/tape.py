@@ -4,6 +4,11 @@
         model(input_ids)
     tape["decoder.layers.1.ffn.router.chosen"]     # a list, one tensor a forward call
 
+    print(cost(model, ["decoder.layers.*"], prompt=1_100, new=500, tokens=[5, 1_099]))        # bytes, before they are spent
+    with attach(model, read=["decoder.layers.*"], tokens=[5, 1_099], limit=10**8) as tape:
+        reply(model, chat, messages)
+    stream, where = tape.tokens("decoder.layers.3")          # (N, D) and the call, row and position of each of the N tokens
+
 A session acts in the context (`contextvars`) that attached it and nowhere else: two threads or two users of one model never
 see each other's hooks. A generator has no context of its own: one that attaches and then yields is iterated by
 `in_own_context`, or its hooks would act for whoever takes its items.
@@ -14,27 +19,34 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .sites import Site, SiteError, match, sites
+from kimi_vl_ref.model import KimiVL
 
-Edit = Callable[[Tensor, str], Tensor]
-Keep = Callable[[Any, str], Any]
-Swap = nn.Module | Callable[[nn.Module], nn.Module]
+from .cost import Cost, RunSize, Spent, human, refuse
+from .plan import Edit, Keep, Plan, Swap, Where
+from .positions import Placed, Tokens
+from .sites import Call, SiteError, match
+from .stand_ins import ACTIVE, SWAPPED, Detour, Presence
+
 Item = TypeVar("Item")
 
 _LOCK = threading.Lock()
+_NOT_READ: Any = object()
 
 
 class Tape:
     """What was read: a list a site, one entry a forward call (the prompt first, then each new token)."""
 
     def __init__(self) -> None:
+        self.planned: Cost | None = None  # what was expected to be kept, when attach knew how much would run
         self._read: dict[str, list[Any]] = {}
+        self._where: dict[str, list[Tensor]] = {}
+        self._spent = Spent(())
 
     def __getitem__(self, site: str) -> list[Any]:
         if site not in self._read:
@@ -50,11 +62,26 @@ class Tape:
         """What was asked for, in the order of the model; inputs as `name@in`."""
         return list(self._read)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept so far; memory that several entries share counts once."""
+        return self._spent.total
+
     def last(self, site: str) -> Any:
         """The entry of the latest call."""
         if not self[site]:
             raise SiteError(f"{site} has not run yet")
         return self[site][-1]
+
+    def tokens(self, site: str) -> tuple[Tensor, Tensor]:
+        """Of a site read with `tokens=`: the tokens in the order in which they came (N, ...), and where each stands, (N, 3):
+        the decoder call counted from 0, the row of the batch, the position in the whole sequence.
+        """
+        if not self[site]:
+            raise SiteError(f"{site} has not run yet")
+        if not self._where.get(site):
+            raise SiteError(f"{site} was not read with tokens=, so that the positions of its entries are not known")
+        return torch.cat(self[site]), torch.cat(self._where[site])
 
 
 @contextmanager
@@ -66,26 +93,37 @@ def attach(
     *,
     keep: Keep | None = None,
     rows: slice | Sequence[int] | None = None,
+    tokens: Tokens | None = None,
+    limit: int | None = None,
+    expect: RunSize | None = None,
 ) -> Iterator[Tape]:
     """Reads, edits and swaps sites, named by globs, while the block runs. Yields the Tape.
 
-    read   globs; `site@in` reads the inputs of a site as a tuple. A mapping gives single globs a `keep` of their own.
-    keep   fn(value, site) -> what to store in place of the value.  rows: store these rows of the token axis of each call.
-    edit   glob -> fn(tensor, site) -> tensor of the same shape and dtype. The function gets a copy and may write in it.
-    swap   glob -> a module, or fn(original) -> module, that runs in the place of the site; its own submodules can be read.
+    read    globs; `site@in` reads the inputs of a site as a tuple. A mapping gives single globs a `keep` of their own, which
+            takes the place of keep=, rows= and tokens= there.
+    keep    fn(value, site) -> what to store in place of the value.
+    rows    store these rows of the token axis of each call.
+    tokens  store these positions of the whole sequence, whatever the call: a slice, a list, or a list with one of them for
+            each row of the batch. They count from the start of each row over prefill, its chunks and every step; padding has
+            none. An entry is then (N, ...), a call without any of them leaves none, and `tape.tokens` says where each stands.
+    limit   bytes that may be kept. expect: how much will run; what would pass the limit is then refused here, before
+            anything runs, and otherwise at the value that would pass it. `cost` answers the same without attaching.
+    edit    glob -> fn(tensor, site) -> tensor of the same shape and dtype. The function gets a copy and may write in it.
+    swap    glob -> a module, or fn(original) -> module, that runs in the place of the site; its own submodules can be read.
 
     A site that is read and edited is read after the edit. Raises SiteError for a name that does not exist, a compiled
-    model, an edit that does not fit, and, at the end of the block, a site that never ran.
+    model, an edit that does not fit, more bytes than the limit and, at the end of the block, a site that never ran or at
+    which none of the positions came.
     """
     refuse_compiled(model)
-    session = _Session(model, read, edit or {}, swap or {}, keep, rows)
+    session = _Session(Plan(model, read, edit or {}, swap or {}, keep, rows, tokens), expect, limit)
     try:
         session.install()
-        _ACTIVE.set((*_ACTIVE.get(), session.presence))
+        ACTIVE.set((*ACTIVE.get(), session.presence))
         yield session.tape
         session.refuse_silent()
     finally:
-        _ACTIVE.set(tuple(one for one in _ACTIVE.get() if one is not session.presence))
+        ACTIVE.set(tuple(one for one in ACTIVE.get() if one is not session.presence))
         session.remove()
 
 
@@ -105,7 +143,7 @@ def in_own_context(items: Generator[Item, None, Any]) -> Iterator[Item]:
 
 def active_edits() -> list[str]:
     """The edits and swaps in force here, as "edit site" and "swap site"."""
-    return [edit for presence in _ACTIVE.get() for edit in presence.changes]
+    return [edit for presence in ACTIVE.get() for edit in presence.changes]
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -123,92 +161,39 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
-class _Presence:
-    """Stands for a session in the contexts where it acts; holds no tensors, as a context may outlive the session."""
-
-    def __init__(self, changes: list[str]):
-        self.changes = changes
-
-
-_ACTIVE: ContextVar[tuple[_Presence, ...]] = ContextVar("active", default=())
-_SWAPPED: ContextVar[tuple[nn.Module, ...]] = ContextVar("swapped", default=())  # whose stand-ins are running now
-
-
 class _Session:
-    def __init__(
-        self,
-        model: nn.Module,
-        read: Iterable[str] | Mapping[str, Keep | None],
-        edit: Mapping[str, Edit],
-        swap: Mapping[str, Swap],
-        keep: Keep | None,
-        rows: slice | Sequence[int] | None,
-    ):
+    """A plan at work: its hooks, and what they store."""
+
+    def __init__(self, plan: Plan, expect: RunSize | None, limit: int | None):
+        self.plan, self.limit = plan, limit
         self.tape = Tape()
-        self.modules = dict(model.named_modules())
-        self.sites = sites(model)
-        self.swaps: dict[str, nn.Module] = {}
-        self.wrapped: set[str] = set()  # names of originals inside what replaces them
-        for glob, replacement in swap.items():
-            self._plan_swap(glob, replacement)
-        self.edits: dict[str, list[Edit]] = {}
-        for glob, function in edit.items():
-            if "@" in glob:
-                raise SiteError(f"{glob!r} is an input, which can be read but not edited: the stream would not change with it")
-            for name in match(glob, self.sites):
-                self.edits.setdefault(name, []).append(function)
-        self.keeps: dict[str, Keep | None] = {}  # by site, inputs with their @in
-        globs = {read: None} if isinstance(read, str) else read if isinstance(read, Mapping) else dict.fromkeys(read)
-        for glob, own in globs.items():
-            self._plan_read(glob, own or keep, rows)
-        order = {name: at for at, name in enumerate(self.sites)}
-        self.tape._read = {name: [] for name in sorted(self.keeps, key=lambda name: order[name.removesuffix("@in")])}
-        self.watched = [name for name in self.sites if name in self.edits or name in self.keeps or f"{name}@in" in self.keeps]
-        self.calls = dict.fromkeys([*self.swaps, *self.watched], 0)
-        self.presence = _Presence([f"swap {name}" for name in self.swaps] + [f"edit {name}" for name in self.edits])
+        self.tape.planned = None if expect is None else plan.cost(expect, limit)
+        self.tape._read = {name: [] for name in plan.keeps}
+        self.tape._where = {name: [] for name in plan.by_position}
+        # only inputs hold weights, such as the up-projection that an attention core is given
+        inputs = any(name.endswith("@in") for name in plan.keeps)
+        self.tape._spent = Spent(plan.model.state_dict().values() if inputs else ())
+        self.calls = dict.fromkeys([*plan.swaps, *plan.watched], 0)
+        self.presence = Presence([f"swap {name}" for name in plan.swaps] + [f"edit {name}" for name in plan.edits])
         self.handles: list[Any] = []
-
-    def _plan_swap(self, glob: str, replacement: Swap) -> None:
-        names = match(glob, self.sites)
-        if isinstance(replacement, nn.Module) and len(names) > 1:
-            raise SiteError(
-                f"{glob!r} names {len(names)} sites, and one module cannot stand in for all; give a function that makes one"
-            )
-        for name in names:
-            if name in self.swaps:
-                raise SiteError(f"{name} is swapped twice; leave one of the two")
-            module = replacement if isinstance(replacement, nn.Module) else replacement(self.modules[name])
-            if not isinstance(module, nn.Module):
-                raise SiteError(f"the swap of {name} gave {type(module).__name__}, expected a torch module")
-            self.swaps[name] = module
-            for inner in [site for site in self.sites if site.startswith(f"{name}.")]:
-                del self.sites[inner]  # what it replaces does not run
-            for path, part in module.named_modules():
-                if path:
-                    if part is self.modules[name]:
-                        self.wrapped.add(f"{name}.{path}")
-                    self.modules[f"{name}.{path}"] = part
-                    self.sites[f"{name}.{path}"] = Site(f"{name}.{path}", "", f"part of the swapped {type(module).__name__}")
-
-    def _plan_read(self, glob: str, keep: Keep | None, rows: slice | Sequence[int] | None) -> None:
-        if not isinstance(glob, str):
-            raise SiteError(f"{glob!r} is not the name of a site; give a string such as 'decoder.layers.*.attn'")
-        base = glob.removesuffix("@in")
-        for name in match(base, self.sites):
-            if rows is not None and keep is None:
-                axis = self.sites[name].token_axis
-                if axis is None or base != glob:
-                    raise SiteError(f"rows= needs one token axis and {glob} has none; choose with keep= there")
-                self.keeps[name] = _take(axis, rows)
-            else:
-                self.keeps[name if base == glob else f"{name}@in"] = keep
+        self.batch, self.decoder_calls = 1, -1
+        self.placed: Placed | None = None
+        # the module runs before positions are known, and not in chunks: read what the decoder is given instead
+        self.late = {"embedded"} & plan.by_position if isinstance(plan.model, KimiVL) else set[str]()
 
     def install(self) -> None:
-        for name, module in self.swaps.items():
+        for name, module in self.plan.swaps.items():
             with _LOCK:
-                self.handles.append(_Detour.at(self.modules[name]).add(self.presence, self._counted(name, module)))
-        for name in self.watched:  # a swapped site is watched where it stood, so that what runs there is what is read
-            self.handles.append(self.modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
+                self.handles.append(Detour.at(self.plan.modules[name]).add(self.presence, self._counted(name, module)))
+        if self.plan.place is not None:
+            module, where = self.plan.place
+            self.handles.append(module.register_forward_pre_hook(self._placing(where), with_kwargs=True))
+        for name in self.plan.watched:  # a swapped site is watched where it stood, so that what runs there is what is read
+            module, view = self.plan.modules[name], self.plan.sites[name].view
+            if view is not None and view.given is not None:
+                self.handles.append(module.register_forward_pre_hook(self._before(name, view.given), with_kwargs=True))
+            else:
+                self.handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
 
     def remove(self) -> None:
         with _LOCK:
@@ -223,27 +208,82 @@ class _Session:
 
         return run
 
+    def _placing(self, where: Where) -> Callable[..., None]:
+        def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.presence not in ACTIVE.get():
+                return
+            starts, real, width = where(*args, **kwargs)
+            self.batch, self.decoder_calls = len(starts), self.decoder_calls + 1
+            if self.plan.asked is not None and self.plan.by_position:
+                if real is None:
+                    raise SiteError("tokens= cannot place padded rows in this implementation; give rows of equal length")
+                given = next(one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+                self.placed = Placed(self.plan.asked, starts, real, width, given.device)
+                for name in self.late:
+                    self._store(name, given)
+
+        return place
+
     def _hook(self, name: str) -> Callable[..., Any]:
-        edits = self.edits.get(name, ())
-        output, inputs = (self.tape._read.get(key) for key in (name, f"{name}@in"))
+        edits, view = self.plan.edits.get(name, ()), self.plan.sites[name].view
+        stored = name in self.plan.keeps and name not in self.late
+        inputs = self.plan.keeps.get(f"{name}@in") if f"{name}@in" in self.plan.keeps else _NOT_READ
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
-            if self.presence not in _ACTIVE.get() or (module in _SWAPPED.get()) != (name in self.wrapped):
+            if self.presence not in ACTIVE.get() or (module in SWAPPED.get()) != (name in self.plan.wrapped):
                 return None
             self.calls[name] += 1
+            call = Call(module, args, self.batch)
+            tensor = value if view is None else view.take(value, call)
             for edit in edits:
-                value = _edited(edit, value, name)
-            if inputs is not None:
-                given, keep = (*args, *kwargs.values()), self.keeps[f"{name}@in"]
-                inputs.append(given if keep is None else keep(given, f"{name}@in"))
-            if output is not None:
-                keep = self.keeps[name]
-                if keep is None and not isinstance(value, Tensor):
-                    raise SiteError(f"{name} returns {type(value).__name__}, not one tensor; use keep= to pick it")
-                output.append(value if keep is None else keep(value, name))
-            return value if edits else None
+                tensor = _edited(edit, tensor, name)
+            if inputs is not _NOT_READ:
+                given = (*args, *kwargs.values())
+                self._append(f"{name}@in", given if inputs is None else inputs(given, f"{name}@in"))
+            if stored:
+                self._store(name, tensor)
+            if not edits:
+                return None
+            return tensor if view is None or view.put is None else view.put(value, tensor, call)
 
         return hook
+
+    def _before(self, name: str, argument: str) -> Callable[..., Any]:
+        """The same at the input of a module, of which this is the first or the one of that name."""
+        hook = self._hook(name)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            changed = hook(module, args, kwargs, args[0] if args else kwargs[argument])
+            if changed is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, argument: changed})
+
+        return before
+
+    def _store(self, name: str, value: Any) -> None:
+        keep = self.plan.keeps[name]
+        if not isinstance(value, Tensor) and (keep is None or name in self.plan.by_position):
+            raise SiteError(f"{name} returns {type(value).__name__}, not one tensor; use keep= to pick it")
+        if name in self.plan.by_position:
+            if self.placed is None:
+                raise SiteError(f"{name} ran outside the decoder's call, so that its positions are not known; use rows=")
+            value, index = self.placed.pick(value, name)
+            if not len(index):
+                return
+            call = torch.full((len(index), 1), self.decoder_calls)
+            self.tape._where[name].append(torch.cat([call, index], dim=1))
+        if keep is not None:
+            value = keep(value, name)
+        elif not value.requires_grad and value.untyped_storage().nbytes() > value.nbytes:
+            value = value.clone()  # a view would keep all of it alive; where gradients flow it has to be the tensor itself
+        self._append(name, value)
+
+    def _append(self, name: str, value: Any) -> None:
+        spent, entries = self.tape._spent, self.tape._read[name]
+        spent.add(value)
+        if self.limit is not None and spent.total > self.limit:
+            raise refuse(f"{self.plan.reading} comes to {human(spent.total)} at call {len(entries)} of {name}", self.limit)
+        entries.append(value)
 
     def refuse_silent(self) -> None:
         silent = [name for name, calls in self.calls.items() if calls == 0]
@@ -253,53 +293,13 @@ class _Session:
                 f"{silent[0]}{many} never ran while attached; "
                 "was the model called inside the block, in this thread, and with a picture if the site needs one?"
             )
-
-
-class _Detour:
-    """Stands in for `module.forward` while any session swaps the module; the others still get the original."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.before = module, module.__dict__.get("forward")
-        self.original = module.forward
-        self.stands: list[tuple[_Presence, Callable[..., Any]]] = []
-
-    @staticmethod
-    def at(module: nn.Module) -> _Detour:
-        detour = module.__dict__.get("forward")
-        if not isinstance(detour, _Detour):
-            detour = _Detour(module)
-            module.__dict__["forward"] = detour
-        return detour
-
-    def add(self, presence: _Presence, run: Callable[..., Any]) -> _Stand:
-        self.stands.append((presence, run))
-        return _Stand(self, presence)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        active, running = _ACTIVE.get(), _SWAPPED.get()
-        run = next((run for presence, run in reversed(self.stands) if presence in active), None)
-        if run is None or self.module in running:  # a stand-in may call what it replaces
-            return self.original(*args, **kwargs)
-        token = _SWAPPED.set((*running, self.module))
-        try:
-            return run(*args, **kwargs)
-        finally:
-            _SWAPPED.reset(token)
-
-
-class _Stand:
-    """What a session removes to end its swap, in whatever order sessions end."""
-
-    def __init__(self, detour: _Detour, presence: _Presence):
-        self.detour, self.presence = detour, presence
-
-    def remove(self) -> None:
-        detour = self.detour
-        detour.stands = [stand for stand in detour.stands if stand[0] is not self.presence]
-        if not detour.stands and detour.module.__dict__.get("forward") is detour:
-            del detour.module.__dict__["forward"]
-            if detour.before is not None:
-                detour.module.__dict__["forward"] = detour.before
+        missed = [name for name in self.plan.by_position if not self.tape._read[name]]
+        if missed:
+            assert self.plan.asked is not None
+            raise SiteError(
+                f"{missed[0]} ran, but never at the positions tokens={self.plan.asked.asked!r}; "
+                "they count from the start of each row, padding apart, and scores exist only where the model was asked for them"
+            )
 
 
 def _edited(edit: Edit, value: Any, name: str) -> Tensor:
@@ -317,15 +317,3 @@ def _edited(edit: Edit, value: Any, name: str) -> Tensor:
 
 def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-
-
-def _take(axis: int, rows: slice | Sequence[int]) -> Keep:
-    def keep(value: Tensor, name: str) -> Tensor:
-        if isinstance(rows, slice):
-            return value[(slice(None),) * axis + (rows,)].clone()  # a view would keep all of it alive
-        count = value.shape[axis]
-        if outside := [row for row in rows if not -count <= row < count]:
-            raise SiteError(f"row {outside[0]} is outside this call of {name}, which has {count}; use a slice or keep=")
-        return value.index_select(axis, torch.tensor([row % count for row in rows], device=value.device))
-
-    return keep

@@ -1,0 +1,104 @@
+"""Who may look where: blocks between groups of positions, in chosen layers and heads of the decoder.
+
+The looks themselves are taken away by `workbench.blocks`, which keeps every row that loses nothing bit for bit; here they
+become a Change, which may name positions up to an end that is not written yet. Letters: B rows, T queries, S keys, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kimi_vl_ref import KimiVL
+
+from ..blocks import BlockedCore, blocked
+from ..positions import FAR
+from .change import Change, Now, Plan, Where, indices, inside, layer_of, listed
+
+
+class Block:
+    """One change on one layer: these queries do not see these keys, in these heads."""
+
+    def __init__(self, plan: Plan, queries: Where, keys: Where, heads: list[int] | None):
+        self.plan, self.queries, self.keys, self.heads = plan, queries, keys, heads
+
+    def pairs(self, end: int) -> list[tuple[range | list[int], range | list[int]]]:
+        """(queries, keys) below `end`, where an open choice stops for now."""
+        cut = [range(row.start, end, row.step) if isinstance(row, range) and row.stop == FAR else row
+               for row in (self.queries.row, self.keys.row)]  # fmt: skip
+        return [(cut[0], cut[1])]
+
+    def count(self, now: Now, heads: int) -> None:
+        """Queries that lose a key, and looks taken away: a query, a key and a head."""
+        keys = self.keys.row
+        if isinstance(keys, range):
+            before = (now.positions.clamp(max=keys.stop - 1) - keys.start).div(keys.step, rounding_mode="floor") + 1
+        else:
+            before = torch.searchsorted(torch.tensor(keys, device=now.positions.device), now.positions.contiguous(), right=True)
+        named = (self.queries.rank(now.positions) >= 0) & now.real
+        lost = torch.where(named, before.clamp(min=0), 0)  # (B, T) keys of the block that the query would see
+        self.plan.count(queries=(lost > 0).sum(), looks=lost.sum() * (heads if self.heads is None else len(self.heads)))
+
+
+class Blocked(nn.Module):
+    """Stands in for a decoder core, with the blocks of several changes."""
+
+    def __init__(self, here: Callable[[], Now], blocks: Sequence[Block], outer: Blocked | None = None):
+        super().__init__()
+        self.here, self.changes, self.end = here, blocks, 0
+        # a row that loses a key is computed anew, so it has to know what it has lost already
+        self.all: list[Block] = [*(() if outer is None else outer.all), *blocks]
+
+    def around(self, core: nn.Module) -> Blocked:
+        self.replaced = [core]  # in a list: not a part of this module, whose parts would be sites
+        return self
+
+    def forward(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, *more: Tensor) -> Tensor:
+        now = self.here()
+        for block in self.changes:
+            block.count(now, q_nope.shape[2])
+        return self.up_to(latent.shape[1])(q_nope, q_rope, latent, *more)
+
+    def up_to(self, keys: int) -> BlockedCore:
+        """The blocks over at least this many keys; made anew as the text grows, each time for twice as much of it."""
+        if keys > self.end:
+            self.end = max(64, 2 * keys)
+            (core,) = self.replaced
+            for block in self.all:
+                core = blocked(core, block.pairs(self.end), block.heads)
+            self.wrapped = [core]
+        found = self.wrapped[0]
+        assert isinstance(found, BlockedCore)
+        return found
+
+
+def block_attention(queries: Any, keys: Any, layers: Any = None, heads: Any = None) -> Change:
+    """Positions `queries` do not see positions `keys`, in all decoder layers and heads or in those named (attention
+    knockout, arXiv 2304.14767): the scores become -inf before the softmax, so the other keys share what is left.
+
+    Both are lists, ranges or slices; slice(40, None) stands for all that is written from position 40 on. A query that
+    would be left with no key at all is refused with ValueError: let it see itself. Positions of a role: `Run.positions`.
+    Counts: queries that lost a key and looks (a query, a key, a head), over all layers.
+
+        applied(model, [block_attention(run.positions("answer"), run.positions("image"), layers=[2, 3])])
+    """
+    asked, hidden = Where(queries), Where(keys)
+    assert asked.row and hidden.row, "both raise for what a block cannot take"
+    layers = None if layers is None else indices(layers, "layer")
+    heads = None if heads is None else indices(heads, "head")
+
+    def prepare(model: KimiVL) -> Plan:
+        plan = Plan()
+        inside(heads or (), model.config.text.num_attention_heads, "head")
+        for layer in range(len(model.decoder.layers)) if layers is None else layers:
+            layer_of(model, layer)
+            plan.blocks[layer] = Block(plan, asked, hidden, heads)
+        return plan
+
+    where = f"{'all layers' if layers is None else listed(layers, 'layer')}, {listed(heads, 'head') if heads else 'all heads'}"
+    line = f"block attention{str(asked).replace(' at', ' from')} to{str(hidden).removeprefix(' at')} ({where})"
+    settings = {"queries": asked.json, "keys": hidden.json, "layers": layers, "heads": heads}
+    return Change("block_attention", settings, line, prepare)
