@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from kimi_vl_ref.images import PatchGrid, Picture
@@ -24,7 +25,7 @@ def hand_made(chosen: Any, n_experts: int, roles: Sequence[str] | None = None, *
     chosen = chosen[None] if chosen.ndim == 2 else chosen
     layers, tokens, top_k = chosen.shape
     scores = np.full((layers, tokens, n_experts), 0.25)
-    np.put_along_axis(scores, chosen.astype(int), np.linspace(0.75, 0.5, top_k)[None, None].repeat(tokens, 1).repeat(layers, 0), -1)
+    np.put_along_axis(scores, chosen.astype(int), np.broadcast_to(np.linspace(0.75, 0.5, top_k), chosen.shape), -1)
     ids = np.asarray(parts.pop("token_ids", range(tokens)), np.int32)
     pictures = parts.pop("pictures", [])
     visual = sum(picture.grid.token_count for picture in pictures)
@@ -68,3 +69,10 @@ def blank(rows: int, columns: int) -> Picture:
 def random_choice(rng: np.random.Generator, tokens: int, experts: int, top_k: int, layers: int = 1) -> np.ndarray:
     """(L, T, K) different experts for each token, all sets alike likely."""
     return rng.random((layers, tokens, experts)).argsort(-1)[..., :top_k]
+
+
+def drawn_words(figure: Figure) -> str:
+    """What is written on a figure: its title, its foot, titles of panels and loose text. The figure is drawn once."""
+    figure.draw_without_rendering()
+    found = [figure.get_suptitle(), figure.get_supxlabel(), *(axes.get_title() for axes in figure.axes)]
+    return "\n".join(found + [text.get_text() for axes in figure.axes for text in axes.texts])

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from hand_made import NAME, blank, hand_made, random_choice
+from hand_made import NAME, blank, drawn_words, hand_made, random_choice
 from kimi_vl_ref import KimiVL
-from test_routing import drawn_words
+from kimi_vl_ref.attention import ExplicitCore
 from tiny import picture, question, talking_model, tiny_chat
 from workbench.analyses.experts import agreement, coactivation, first_experts, repetition, vocabulary_specialisation
-from workbench.analyses.magnitudes import pruning_damage, shared_and_routed, super_experts
+from workbench.analyses.magnitudes import pruning_damage, received, shared_and_routed, sink_decay, super_experts
 from workbench.analyses.trials import Trial, make_trial, read, score
 from workbench.figures.experts import (
     agreement_figure,
@@ -299,6 +299,28 @@ def test_pruning_is_zeroing_the_expert_weights(trials: list[Trial]) -> None:
         pruning_damage(model, trials, [], model_name=NAME)
     with pytest.raises(ValueError, match="layer 2 has 5 other experts, too few to control for 6"):
         pruning_damage(model, trials, [(2, e) for e in range(6)], model_name=NAME)
+
+
+def test_sinks_that_lose_half_of_their_attention_have_decayed_by_half() -> None:
+    """Layer 0: head 0 has a sink of 0.5 that falls to 0.25, head 1 none. Layer 1 has no sink."""
+    before = np.array([[[0.5, 0.2, 0.1], [0.2, 0.2, 0.2]], [[0.1, 0.1, 0.1], [0.3, 0.1, 0.1]]])
+    after = before * [[[0.5], [0.9]], [[0.9], [0.9]]]
+    np.testing.assert_allclose(sink_decay([before], [after]), [0.5, np.nan])
+    np.testing.assert_allclose(sink_decay([before, before], [after, before]), [0.25, np.nan])
+
+
+def test_what_a_key_receives_is_the_mean_of_its_column_in_the_explicit_core(trials: list[Trial]) -> None:
+    model, site = talking_model(), "decoder.layers.1.attn.core"
+    with attach(model, read={f"{site}@in": received}) as tape, torch.no_grad():
+        read(model, trials[0])
+    explicit = {site: lambda original: ExplicitCore()}
+    with attach(model, read=[f"{site}.probs"], swap=explicit) as spelled, torch.no_grad():
+        read(model, trials[0])
+    probs = spelled[f"{site}.probs"][0][0].numpy()  # (H, T, T)
+    count = probs.shape[-1]
+    for key in (0, 3, count // 2):
+        np.testing.assert_allclose(tape[f"{site}@in"][0][:, key], probs[:, key:, key].mean(-1), rtol=1e-4)
+    assert not tape[f"{site}@in"][0][:, -1].any()  # only the last token sees the last token
 
 
 def test_the_shared_part_is_all_where_the_routed_experts_are_silent(trials: list[Trial]) -> None:

@@ -6,11 +6,13 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from workbench.study import scenes
 from workbench.study.families import PLURALS, Question
 from workbench.study.kinds import compare, frames, needle, tiny, wide
 from workbench.study.kinds.place import split_of
-from workbench.study.scenes import COLOURS, PALETTE, SHAPES, SPLITS, Obj, content_key
+from workbench.study.scenes import COLOURS, PALETTE, SHAPES, SPLITS, ZONES, Obj, content_key
 from workbench.study.views import Album, View
 
 KINDS = {"compare": compare, "frames": frames, "tiny": tiny, "needle": needle, "wide": wide}
@@ -123,9 +125,17 @@ def test_what_is_shown_decides_the_split(kind):
                 assert split_of(shown_content(kind, album, questions)) == split
 
 
-def test_a_sixteenth_of_all_contents_is_kept_for_choosing_and_for_reporting():
-    shares = Counter(split_of(str(n)) for n in range(16_000))
-    assert shares["report"] == pytest.approx(1000, abs=150) and shares["choose"] == pytest.approx(1000, abs=150)
+def test_contents_are_split_as_scenes_are():
+    splits = [split_of(content_key((), str(n))) for n in range(400)]
+    assert splits == [scenes.split_of((), str(n)) for n in range(400)] and set(splits) == set(SPLITS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_things_come_in_reading_order(kind):
+    for album, _ in drawn(kind):
+        for view in album.views:
+            places = [(ZONES.index(o.zone), o.centre[0]) for o in view.objects]
+            assert places == sorted(places)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -305,9 +315,6 @@ def test_shrinking_scales_pictures_and_boxes_alike():
         for o, p in zip(big.objects, small.objects, strict=True):
             assert o.name == p.name and np.allclose(np.array(p.box), np.array(o.box) / 2, atol=0.6)
         assert [c for c, _ in small.glyphs] == [c for c, _ in big.glyphs]
-        # areas are averaged, not sampled: the mean colour stays
-        means = [np.asarray(v.image).reshape(-1, 3).mean(0) for v in (big, small)]
-        assert np.allclose(means[0], means[1], atol=1)
         (o,) = [o for o in small.objects if o.box[2] - o.box[0] < 7.5]
         x, y = (int(c) for c in o.centre)
         seen_colour = np.asarray(small.image)[y, x].astype(float)
@@ -316,6 +323,15 @@ def test_shrinking_scales_pictures_and_boxes_alike():
     for factor in (0, -1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
             tiny.shrunk(album, factor)
+
+
+def test_shrinking_averages_and_does_not_sample():
+    """A board of black and white pixels turns grey."""
+    board = np.indices((64, 96)).sum(0) % 2 * 255
+    picture = Image.fromarray(np.repeat(board[..., None], 3, axis=2).astype(np.uint8))
+    for factor in (0.5, 0.25):
+        grey = np.asarray(tiny.shrunk(Album((View(picture),), 0), factor).image)[2:-2, 2:-2]
+        assert abs(grey.astype(float) - 127.5).max() < 8
 
 
 # ---- needle

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from hand_made import NAME, blank, hand_made, random_choice
+from hand_made import NAME, blank, drawn_words, hand_made, random_choice
 from tiny import picture, question, talking_model, tiny_chat
 from workbench.analyses.counting import GROUPS, KINDS, kinds_of, mutual_information, over_runs, positions_of
 from workbench.analyses.result import Result
@@ -45,12 +44,6 @@ def runs() -> list[Run]:
         assert isinstance(run, Run)
         found.append(run)
     return found
-
-
-def drawn_words(figure: Any) -> str:
-    figure.draw_without_rendering()
-    found = [figure.get_suptitle(), figure.get_supxlabel()]
-    return "\n".join(found + [axes.get_title() for axes in figure.axes] + [t.get_text() for a in figure.axes for t in a.texts])
 
 
 def of(result: Result, name: str, group: str) -> np.ndarray:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hand_made import NAME, blank, hand_made, random_choice
-from test_routing import drawn_words
+from hand_made import NAME, blank, drawn_words, hand_made, random_choice
 from tiny import picture, question, talking_model, tiny_chat
 from workbench.analyses.selection import bias_effect, router_margins, run_difference, token_selection
 from workbench.figures.selection import bias_figure, difference_figure, margins_figure, selection_figure
@@ -124,12 +123,12 @@ def test_a_run_does_not_differ_from_itself(run: Run) -> None:
 
 def test_tokens_are_aligned_role_by_role_while_they_are_the_same() -> None:
     a = hand_made([[0], [1], [2], [3], [0], [1]], 4, ["image 0", "image 0", "user", "user", "special", "answer"],
-                  token_ids=[9, 9, 5, 6, 8, 3], pictures=[blank(1, 2)])  # fmt: skip
+                  token_ids=[9, 9, 5, 6, 8, 3], pictures=[blank(1, 2)], logprobs=[0, 0, 0, 0, -1, -2])  # fmt: skip
     b = hand_made([[0], [2], [3], [0], [2]], 4, ["image 0", "user", "special", "answer", "answer"],
-                  token_ids=[9, 5, 8, 3, 4], pictures=[blank(1, 1)], question="which?")  # fmt: skip
+                  token_ids=[9, 5, 8, 3, 4], pictures=[blank(1, 1)], question="which?", logprobs=[0, 0, -1, -5, 0])  # fmt: skip
     result = run_difference(a, b)
     assert result["position"].tolist() == [0, 2, 4, 5] and result["other_position"].tolist() == [0, 1, 2, 3]
-    assert result["same"].tolist() == [[1, 1, 0, 0]]
+    assert result["same"].tolist() == [[1, 1, 0, 0]] and result["surprise"].tolist() == [0, 0, 0, -3]
     assert result.about["tokens_in_one_only"] == 3
     assert [one.split(":")[0] for one in result.about["differs"]] == ["question", "picture 0"]
 

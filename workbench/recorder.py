@@ -36,7 +36,8 @@ class Recorder:
         self.model, self.moe_layers = model, moe_layers(model)
         self.first_row: int | None = None
         self.cache: LatentCache | None = None
-        self.routed: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self.moe_layers}
+        self.chosen_by: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self.moe_layers}  # scores, chosen
+        self.weights: dict[int, list[Tensor]] = {layer: [] for layer in self.moe_layers}
         layers = range(len(model.decoder.layers))
         self.given = dict.fromkeys(layers, 0)  # tokens each core has been given
         self.queries: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
@@ -44,8 +45,8 @@ class Recorder:
     def keeps(self) -> dict[str, Keep | None]:
         """What to read, for `attach`. The inputs of `weights` are the scores and the choice, so one hook sees all three."""
         cores: dict[str, Keep | None] = {f"decoder.layers.{i}.attn.core@in": self._keeper(i) for i in self.queries}
-        inputs = {f"decoder.layers.{i}.ffn.router.weights@in": None for i in self.moe_layers}
-        weights = {f"decoder.layers.{i}.ffn.router.weights": None for i in self.moe_layers}
+        inputs = {f"decoder.layers.{i}.ffn.router.weights@in": _appender(self.chosen_by[i]) for i in self.moe_layers}
+        weights = {f"decoder.layers.{i}.ffn.router.weights": _appender(self.weights[i]) for i in self.moe_layers}
         return {"embedded@in": self._keep_prompt, "decoder@in": self._keep_cache, **cores, **inputs, **weights}
 
     def _keep_prompt(self, inputs: tuple[Any, ...], _site: str) -> None:
@@ -76,13 +77,12 @@ class Recorder:
         self.model(torch.tensor([[token]], device=self.model.logits.weight.device), cache=self.cache)
 
     @torch.inference_mode()
-    def routing(self, tape: Any) -> dict[str, Any]:
+    def routing(self) -> dict[str, Any]:
         """`chosen`, `weights`, `scores`, `bias` and the layers they belong to, as a Run has them."""
         found: dict[str, list[Tensor]] = {"scores": [], "chosen": [], "weights": []}
         for layer in self.moe_layers:
-            site = f"decoder.layers.{layer}.ffn.router.weights"
-            scores, chosen = zip(*tape[f"{site}@in"], strict=True)
-            for name, parts in (("scores", scores), ("chosen", chosen), ("weights", tape[site])):
+            scores, chosen = zip(*self.chosen_by[layer], strict=True)
+            for name, parts in (("scores", scores), ("chosen", chosen), ("weights", self.weights[layer])):
                 found[name].append(torch.cat(list(parts), dim=1)[0])
         dtypes = {"scores": torch.float16, "chosen": torch.int16, "weights": torch.float16}
         arrays = {name: torch.stack(found[name]).to(dtype).cpu().numpy() for name, dtype in dtypes.items()}
@@ -140,6 +140,11 @@ class Recorder:
         here = [one for one in in_force() if one.model is self.model]
         block = next((one.blocked[layer] for one in reversed(here) if layer in one.blocked), None)
         return None if block is None else block.up_to(inputs[2].shape[1]).hidden(inputs)
+
+
+def _appender(entries: list[Any]) -> Keep:
+    """Keeps on a list of its own, so that the tape need not add up bytes call by call."""
+    return lambda value, _site: entries.append(value)
 
 
 def fingerprint(model: nn.Module) -> str:

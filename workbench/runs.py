@@ -252,7 +252,7 @@ class _Recording:
             _refuse_uneven(self.model, around)
             before = [one.counts() for one in around]
             recorder = Recorder(self.model)
-            tape = stack.enter_context(attach(self.model, read=recorder.keeps()))
+            stack.enter_context(attach(self.model, read=recorder.keeps()))
             begin = () if self.begin is None else self.begin.ids
             stream = stream_reply(self.model, self.chat, self.messages, seed=self.seed, begin=begin, **self.options)
             try:
@@ -264,18 +264,18 @@ class _Recording:
                 stream.close()  # type: ignore[attr-defined]
             assert answered is not None
             recorder.read_last(answered.token_ids[-1])
-            run = self._run(answered, recorder, tape, around, before)
+            run = self._run(answered, recorder, around, before)
         for change in run.settings.get("changes", ()):
             if not any(change["touched"].values()):
                 warnings.warn(f"{change['change']}: touched nothing in this run", RuntimeWarning, stacklevel=2)
         yield run
 
-    def _run(self, answered: Reply, recorder: Recorder, tape: Any, around: list[Applied], before: list[Any]) -> Run:
+    def _run(self, answered: Reply, recorder: Recorder, around: list[Applied], before: list[Any]) -> Run:
         prompt, written, tokenizer = answered.prompt, answered.token_ids, self.chat.tokenizer
         ids, roles = prompt.input_ids + written, prompt.roles + reply_roles(tokenizer, written)
         thought, answer = split_thought(tokenizer.decode(id for id in written if id not in self.chat.stop_ids))
         pictures = [picture_kept(picture, self.detail) for picture in prompt.pictures]
-        routing = recorder.routing(tape)
+        routing = recorder.routing()
         other = sum(part.nbytes for part in routing.values() if isinstance(part, np.ndarray)) + 200 * len(ids)
         other += sum(3 * picture.image.width * picture.image.height for picture in pictures)
         attention, kept = recorder.attention(roles, len(prompt.input_ids), other, self.detail)

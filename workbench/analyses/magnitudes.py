@@ -147,7 +147,7 @@ def pruning_damage(
         changes = [ablate_experts(layer, [e for at_layer, e in of if at_layer == layer]) for layer in {one: 0 for one, _ in of}]
         after = [_reply(model, trial, changes) for trial in trials]
         change[at] = [now[0] - then[0] for now, then in zip(after, before, strict=True)]
-        decay.append(_sink_decay([sinks for _, sinks in before], [sinks for _, sinks in after]))
+        decay.append(sink_decay([sinks for _, sinks in before], [sinks for _, sinks in after]))
     return Result(
         "pruning",
         "What the reply loses without some experts (nats a token)",
@@ -180,13 +180,13 @@ def _others(model: KimiVL, experts: Sequence[tuple[int, int]], rng: np.random.Ge
 def _reply(model: KimiVL, trial: Trial, changes: Sequence[Change]) -> tuple[float, np.ndarray]:
     """Nats a scored token, and the mean attention that keys get (A, H, T)."""
     cores = [f"decoder.layers.{i}.attn.core@in" for i in range(len(model.decoder.layers))]
-    with applied(model, changes, read=dict.fromkeys(cores, _received), idle="report") as done:
+    with applied(model, changes, read=dict.fromkeys(cores, received), idle="report") as done:
         stream = read(model, trial)
     logprobs, _ = token_logprobs(model, trial, stream)
     return float(-logprobs.mean()), np.stack([done.tape.last(core) for core in cores])
 
 
-def _received(inputs: tuple[Any, ...], _site: str) -> np.ndarray:
+def received(inputs: tuple[Any, ...], _site: str) -> np.ndarray:
     """(H, T) mean attention that each key gets from the queries that can see it; 0 for keys that under half can see."""
     total, count = 0.0, inputs[0].shape[1]
     for start in range(0, count, ROWS):
@@ -195,8 +195,8 @@ def _received(inputs: tuple[Any, ...], _site: str) -> np.ndarray:
     return np.where(2 * seen_by >= count, total / seen_by, 0.0)
 
 
-def _sink_decay(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> np.ndarray:
-    """(A,) of (A, H, T) a trial."""
+def sink_decay(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> np.ndarray:
+    """What sinks lost, (A,), of the attention that keys received before and after, (A, H, T) a trial; nan without a sink."""
     left = []
     for then, now in zip(before, after, strict=True):
         sinks = then > SINK

@@ -99,7 +99,7 @@ def masking_figure(result: Result) -> Figure:
 
 def top_k_figure(result: Result) -> Figure:
     """I4b, c: loss against K, a line a domain, dashed without the shared expert; the model's own K is marked."""
-    figure = Figure(figsize=(7.4, 5.4), layout="constrained")
+    figure = Figure(figsize=(9.4, 4.6), layout="constrained")
     axes = figure.subplots()
     ks = list(result.axes["loss"][0][1])
     for at, domain in enumerate(result.axes["loss"][2][1]):
@@ -111,7 +111,7 @@ def top_k_figure(result: Result) -> Figure:
     axes.text(result.about["top_k"], 1.01, "the model's K", transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
     axes.set(xlabel="routed experts a token, K", ylabel="loss, nats a scored token", xticks=ks)
     axes.set_ylim(bottom=0)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return named(figure, result.title, result.weights)
 
 
@@ -148,7 +148,7 @@ def single_experts_figure(result: Result, *, vmax: float | None = None) -> Figur
 def token_ablation_figure(result: Result) -> Figure:
     """I5: formerly right answers now wrong, a group of bars a domain; random controls are hatched."""
     names, domains = (list(found) for _, found in result.axes["wrong"])
-    figure = Figure(figsize=(max(8.0, 2.0 + 1.9 * len(domains)), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(10.0, 5.0 + 1.9 * len(domains)), 4.8), layout="constrained")
     axes = figure.subplots()
     width = 0.85 / len(names)
     styles = _bar_styles(names)
@@ -162,7 +162,7 @@ def token_ablation_figure(result: Result) -> Figure:
     axes.set_xticks(range(len(domains)), [domain or "all" for domain in domains])
     axes.set(ylabel="right answers that turn wrong", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     count = f"{result.about['trials']} trials, {result.about['right_before']} right before"
     title = f"{result.title}\n{count}; hatched: random control"
     return named(figure, title, result.weights)
