@@ -152,7 +152,7 @@ def test_an_experts_loss_is_that_of_its_contribution_taken_away_by_hand() -> Non
         chosen.append(tape.last("decoder.layers.1.ffn.router.chosen").flatten())
     share = torch.cat(chosen).bincount(minlength=EXPERTS).double() / len(torch.cat(chosen))
     expert = int((share - 0.1).abs().argmin())  # one that some tokens choose and some do not
-    bench = expert_bench(MODEL, TRIALS, seed=0, batch=2)
+    bench = expert_bench(MODEL, TRIALS, seed=0, batch=3)  # the third trial is shorter: padding
     found = measure_expert(bench, {"layer": 1, "expert": expert})
     worker = copy.deepcopy(MODEL)
     worker.decoder.layers[1].ffn.experts.down[expert] = 0
@@ -162,6 +162,8 @@ def test_an_experts_loss_is_that_of_its_contribution_taken_away_by_hand() -> Non
     np.testing.assert_allclose(found["loss"], by_domain, atol=1e-9)
     assert found["slots"] == pytest.approx(float(share[expert]))
     assert measure_expert(bench, {"layer": 1, "expert": expert}) == found  # the random control too
+    slots = [measure_expert(bench, {"layer": 1, "expert": expert})["slots"] for expert in range(EXPERTS)]
+    assert sum(slots) == pytest.approx(1)  # the slots of padding count nowhere
 
 
 def test_the_sweep_over_experts_is_resumed_and_makes_one_table(tmp_path: Path) -> None:

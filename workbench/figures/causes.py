@@ -111,7 +111,7 @@ def top_k_figure(result: Result) -> Figure:
     axes.text(result.about["top_k"], 1.01, "the model's K", transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
     axes.set(xlabel="routed experts a token, K", ylabel="loss, nats a scored token", xticks=ks)
     axes.set_ylim(bottom=0)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     return named(figure, result.title, result.weights)
 
 
@@ -162,7 +162,7 @@ def token_ablation_figure(result: Result) -> Figure:
     axes.set_xticks(range(len(domains)), [domain or "all" for domain in domains])
     axes.set(ylabel="right answers that turn wrong", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     count = f"{result.about['trials']} trials, {result.about['right_before']} right before"
     title = f"{result.title}\n{count}; hatched: random control"
     return named(figure, title, result.weights)
