@@ -104,6 +104,8 @@ class Placed:
                 f"{site} was {tuple(value.shape)} in a call of {self.batch} rows and {self.width} tokens, so that positions "
                 "are not known; use rows= or keep= there"
             )
+        if not len(self.index):  # most steps of a long run
+            return value[:0, 0], self.index
         rows, columns = self.at
         return value[rows, columns], self.index
 
