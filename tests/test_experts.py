@@ -61,6 +61,7 @@ def test_a_router_that_follows_the_id_has_an_identity_share_of_one() -> None:
     assert result["identity"][0, 0] == pytest.approx(1) and result["identity"][1, 1] == pytest.approx(1)
     for side, layer in ((0, 1), (1, 0)):  # the other way round it is luck, as the shuffles show
         assert result["identity"][side, layer] < 0.05 and result["shuffled"][side, layer] < 0.05
+    assert result["shuffled_high"].max() < 0.05
     assert result["word"][0, 3, 0] == "w3" and result["word_share"][0, 3].tolist() == [1, 0, 0, 0, 0]
     assert result["word"][0, 3, 1] == ""
 
@@ -197,8 +198,9 @@ def test_pictures_are_compared_along_rows_and_columns() -> None:
 
 def test_a_group_ends_where_another_begins() -> None:
     run = hand_made([[0], [0], [0], [1], [1]], 4, ["thought", "thought", "answer", "thought", "thought"])
-    result = repetition([run], ["thought", "answer"], [1])
-    assert result["pairs"].tolist() == [[2], [0]] and np.isnan(result["first"][1]).all()
+    result = repetition([run], ["thought", "answer"], [1, 2])
+    assert result["pairs"].tolist() == [[2, 1], [0, 0]] and np.isnan(result["first"][1]).all()
+    assert result["first"][0, 0].tolist() == [1, 0]
     with pytest.raises(ValueError, match="lag 0 is no distance"):
         repetition([run], ["thought"], [0])
 
