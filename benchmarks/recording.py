@@ -198,22 +198,22 @@ def measure(way: str, tokens: int, rounds: int) -> Measured:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         recorded()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        times: list[tuple[float, float]] = []
-        for number in range(rounds):
-            pair = [0.0, 0.0]
-            for at in (0, 1) if number % 2 == 0 else (1, 0):
-                start = time.perf_counter()
-                (plain, recorded)[at]()
-                pair[at] = 1000 * (time.perf_counter() - start)
-            times.append((pair[0], pair[1]))
-    return Measured(
-        way,
-        tokens,
-        statistics.median(one for one, _ in times),
-        statistics.median(other for _, other in times),
-        statistics.median(other / one for one, other in times),
-        max(0, peak - before) / 1024,  # ru_maxrss counts KiB on Linux
-    )
+        times = alternate(plain, recorded, rounds)
+    return Measured(way, tokens, *times, max(0, peak - before) / 1024)  # ru_maxrss counts KiB on Linux
+
+
+def alternate(plain: Callable[[], Any], recorded: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Milliseconds of each and their ratio, medians of rounds in which now the one and now the other goes first."""
+    times: list[list[float]] = []
+    for number in range(rounds):
+        pair = [0.0, 0.0]
+        for at in (0, 1) if number % 2 == 0 else (1, 0):
+            start = time.perf_counter()
+            (plain, recorded)[at]()
+            pair[at] = 1000 * (time.perf_counter() - start)
+        times.append([*pair, pair[1] / pair[0]])
+    one, other, ratio = (statistics.median(column) for column in zip(*times, strict=True))
+    return one, other, ratio
 
 
 def generation(rounds: int) -> list[dict[str, Any]]:
@@ -236,18 +236,8 @@ def generation(rounds: int) -> list[dict[str, Any]]:
         return sum(len([*record(net, chat, one, model_name="study")][-1].token_ids) for one in asked)  # type: ignore[union-attr]
 
     plain(), recorded()
-    ratios, times = [], []
-    for number in range(rounds):
-        pair = [0.0, 0.0]
-        for at in (0, 1) if number % 2 == 0 else (1, 0):
-            start = time.perf_counter()
-            (plain, recorded)[at]()
-            pair[at] = 1000 * (time.perf_counter() - start)
-        ratios.append(pair[1] / pair[0])
-        times.append(pair)
-    medians = [statistics.median(column) for column in zip(*times, strict=True)]
-    return [{"what": "study model, three answers", "plain_ms": medians[0], "recorded_ms": medians[1],
-             "ratio": statistics.median(ratios)}]  # fmt: skip
+    one, other, ratio = alternate(plain, recorded, rounds)
+    return [{"what": "study model, three answers", "plain_ms": one, "recorded_ms": other, "ratio": ratio}]
 
 
 def main() -> None:

@@ -11,8 +11,7 @@ from PIL import Image
 from workbench.study import scenes
 from workbench.study.families import PLURALS, Question
 from workbench.study.kinds import compare, frames, needle, tiny, wide
-from workbench.study.kinds.place import split_of
-from workbench.study.scenes import COLOURS, PALETTE, SHAPES, SPLITS, ZONES, Obj, content_key
+from workbench.study.scenes import COLOURS, PALETTE, SHAPES, SPLITS, ZONES, Obj, content_key, split_of_content
 from workbench.study.views import Album, View
 
 KINDS = {"compare": compare, "frames": frames, "tiny": tiny, "needle": needle, "wide": wide}
@@ -122,11 +121,11 @@ def test_what_is_shown_decides_the_split(kind):
     for level in ("first", "full"):
         for split in SPLITS:
             for album, questions in drawn(kind, level, split):
-                assert split_of(shown_content(kind, album, questions)) == split
+                assert split_of_content(shown_content(kind, album, questions)) == split
 
 
 def test_contents_are_split_as_scenes_are():
-    splits = [split_of(content_key((), str(n))) for n in range(400)]
+    splits = [split_of_content(content_key((), str(n))) for n in range(400)]
     assert splits == [scenes.split_of((), str(n)) for n in range(400)] and set(splits) == set(SPLITS)
 
 

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from workbench.study.families import Question, parse_point
 from workbench.study.kinds import chart, sums, window, words
-from workbench.study.kinds.written import LEVELS, split_of_key
-from workbench.study.scenes import COLOURS, PALETTE, SPLITS, ZONES
+from workbench.study.kinds.written import LEVELS
+from workbench.study.scenes import COLOURS, PALETTE, SPLITS, ZONES, split_of_content
 from workbench.study.views import Album
 
 MODULES = (chart, sums, words, window)
@@ -91,7 +91,7 @@ def test_splits_share_no_content(module):
 
 
 def test_a_sixteenth_of_the_contents_each_is_kept_for_choosing_and_for_the_report():
-    shares = Counter(split_of_key(sums.sum_key(n, 17)) for n in range(100, 16_100))
+    shares = Counter(split_of_content(sums.sum_key(n, 17)) for n in range(100, 16_100))
     assert shares["report"] == pytest.approx(1000, abs=150) and shares["choose"] == pytest.approx(1000, abs=150)
     assert sums.sum_key(348, 75) == sums.sum_key(75, 348)
 

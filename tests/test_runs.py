@@ -16,13 +16,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from kimi_vl_ref import Reply, stream_reply
 from kimi_vl_ref.attention import ExplicitCore
 from kimi_vl_ref.images import PatchGrid, Picture
 from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
-from tiny import picture, question, talking_model, tiny_chat
+from tiny import picture, question, saying, talking_model, tiny_chat
 from workbench import kept, recorder, run_files, runs
 from workbench.edits import ablate_heads, applied, block_attention, force_experts, set_top_k
 from workbench.runs import ARRAYS, Run, RunError, record
@@ -37,18 +36,6 @@ def recorded(messages: list[dict[str, Any]] = ASKED, tokens: int = 12, **options
     *replies, run = record(MODEL, CHAT, messages, model_name=NAME, max_new_tokens=tokens, **options)
     assert isinstance(run, Run) and all(isinstance(reply, Reply) for reply in replies)
     return run
-
-
-def saying(text: str) -> Any:
-    """An edit of the logits that makes the model write this text and stop."""
-    ids = iter([*CHAT.tokenizer.encode(text), CHAT.tokenizer.special["<|im_end|>"]])
-
-    def only(logits: Tensor, site: str) -> Tensor:
-        logits[:] = -30.0
-        logits[:, next(ids)] = 30.0
-        return logits
-
-    return {"logits": only}
 
 
 @pytest.fixture(scope="module")

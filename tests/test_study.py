@@ -83,8 +83,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         train.prepare(out)
     train.Run(whole, 0, 0, 1, QUICK).train(save_every=100)
     stopped = train.Run(parts, 0, 0, 1, QUICK)
-    stopped.model.to(torch.bfloat16)
-    stopped.hand_over()
+    stopped.compute_in(QUICK[0].dtype)
     for _ in range(2):
         stopped.step(QUICK[0], 0)
         stopped.progress.step += 1

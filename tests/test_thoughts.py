@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from kimi_vl_ref import Reply
 from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
-from tiny import picture, question, talking_model, tiny_chat
+from tiny import picture, question, saying, talking_model, tiny_chat
 from workbench.edits import ablate_heads
 from workbench.runs import Run, RunError, record
 from workbench.tape import attach
@@ -30,18 +29,6 @@ MODEL, CHAT = talking_model(), tiny_chat()
 ASKED = question("How many red circles?", picture(100, 60), picture(50, 90, seed=1))
 NAME = "tiny model, random weights"
 THOUGHT = "count the circles, two are red; so two. Done."
-
-
-def saying(text: str) -> Any:
-    """An edit of the logits that makes the model write this text and stop."""
-    ids = iter([*CHAT.tokenizer.encode(text), CHAT.tokenizer.special["<|im_end|>"]])
-
-    def only(logits: Tensor, site: str) -> Tensor:
-        logits[:] = -30.0
-        logits[:, next(ids)] = 30.0
-        return logits
-
-    return {"logits": only}
 
 
 @pytest.fixture(scope="module")

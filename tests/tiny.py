@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,3 +72,16 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def question(text: str = "How many red circles?", *pictures: Image.Image) -> list[dict]:
     images = [{"type": "image", "image": image} for image in pictures]
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def saying(text: str) -> dict[str, Any]:
+    """An edit of the logits that makes `talking_model` write this text and stop."""
+    tokenizer = tiny_chat().tokenizer
+    ids = iter([*tokenizer.encode(text), tokenizer.special["<|im_end|>"]])
+
+    def only(logits: Tensor, site: str) -> Tensor:
+        logits[:] = -30.0
+        logits[:, next(ids)] = 30.0
+        return logits
+
+    return {"logits": only}

@@ -31,16 +31,19 @@ app.add_typer(study, name="study")
 
 Model = Annotated[str, typer.Option(help="'study', or a checkpoint folder in the released layout")]
 Budget = Annotated[int | None, typer.Option(min=0, help="tokens after which the thought is closed")]
+Images = Annotated[list[Path] | None, typer.Option(help="a picture; repeat it for several")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time")]
+MaxTokens = Annotated[int, typer.Option(help="stop after so many tokens, thought included")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="makes sampling repeatable")]
 
 
 @app.command()
 def chat(
     question: Annotated[str, typer.Argument(help="what to ask")],
-    image: Annotated[list[Path] | None, typer.Option(help="a picture; repeat it for several")] = None,
+    image: Images = None,
     model: Model = "study",
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="stop after so many tokens, thought included")] = 512,
+    temperature: Temperature = 0.0,
+    max_tokens: MaxTokens = 512,
     thought_budget: Budget = None,
     seed: Seed = None,
 ) -> None:
@@ -105,10 +108,10 @@ def demo(
 def record_run(
     question: Annotated[str, typer.Argument(help="what to ask")],
     out: Annotated[Path, typer.Option(help="the run file; name it like count-1.run to have 'count' as its domain")],
-    image: Annotated[list[Path] | None, typer.Option(help="a picture; repeat it for several")] = None,
+    image: Images = None,
     model: Model = "study",
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="stop after so many tokens, thought included")] = 512,
+    temperature: Temperature = 0.0,
+    max_tokens: MaxTokens = 512,
     thought_budget: Budget = None,
     seed: Seed = None,
 ) -> None:

@@ -23,6 +23,7 @@ from workbench.study.views import Album
 
 from .asked import (
     Pair,
+    Written,
     about_pairs,
     agreement,
     begun_by,
@@ -148,9 +149,7 @@ def early_answering(
     rng = random.Random(seed)
     prompts = prompts_of(chat, pairs)
     free = write(model, chat, prompts, max_new_tokens=max_new_tokens)
-    thinking = [q for q, reply in enumerate(free) if reply.thought]
-    if not thinking:
-        raise ValueError("the model thinks about none of these questions; give some that it does, such as counting")
+    thinking = _thinking(free)
     closing = chat.tokenizer.encode(CLOSE_THOUGHT)
     dots = chat.tokenizer.encode(" .")
     cases: list[tuple[int, int, int, list[int]]] = []  # variant, cut, question, what the reply begins with
@@ -243,9 +242,7 @@ def picture_removed(
     _check_cuts(cuts)
     prompts = prompts_of(chat, pairs)
     free = write(model, chat, prompts, max_new_tokens=max_new_tokens)
-    thinking = [q for q, reply in enumerate(free) if reply.thought]
-    if not thinking:
-        raise ValueError("the model thinks about none of these questions; give some that it does, such as counting")
+    thinking = _thinking(free)
     closing = chat.tokenizer.encode(CLOSE_THOUGHT)
     hows = ["kept", "blank", "removed"]
     hits = np.zeros((len(hows), len(cuts)))
@@ -277,6 +274,14 @@ def _shown(pictures: Scene | Album, question: Question, how: str) -> list[dict[s
 
 
 # ---- shared
+
+
+def _thinking(free: Sequence[Written]) -> list[int]:
+    """Which questions have a thought. Raises ValueError where none has."""
+    thinking = [q for q, reply in enumerate(free) if reply.thought]
+    if not thinking:
+        raise ValueError("the model thinks about none of these questions; give some that it does, such as counting")
+    return thinking
 
 
 def _check_cuts(cuts: Sequence[float]) -> None:

@@ -92,7 +92,7 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
     counts = iter([int(h) * int(w) // 4 for h, w in grids.tolist()])
     ids: list[int] = []
     positions, branches, targets, trees = [], [], [], []
-    for sample in samples if mix.families or any(s.questions for s in samples) else ():
+    for sample in samples if any(s.questions for s in samples) else ():
         rng = random.Random(sample.seed + 1)
         shared = shared_part(chat, [next(counts) for _ in sample.pictures.views])
         start = len(ids)

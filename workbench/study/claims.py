@@ -58,7 +58,7 @@ def thinking(model: KimiVL, chat: Chat, scenes: int = 500, split: str = "report"
     The control is a finished thought of the same kind about another picture: if any text of that length would do, it
     would help as much. Training cut a tenth of all thoughts short, so an early answer is nothing new to the model.
     """
-    rows, falls, rises = [], {}, {}
+    rows, falls = [], {}
     for family in ("sum", "count"):
         pairs = [make(family, seed, split) for seed in range(scenes)]
         shares: dict[str, float] = {}
@@ -75,7 +75,6 @@ def thinking(model: KimiVL, chat: Chat, scenes: int = 500, split: str = "report"
         others = [thought for thought, _ in own[1:] + own[:1]]
         measure("another scene's (control)", count_right(pairs, ask(model, chat, pairs, thoughts=others)))
         falls[family] = 100 * (shares["its own"] - shares["forced empty"])
-        rises[family] = shares["its own"] > shares[f"at most {BUDGETS[2]} tokens"] > 0
     holds = all(fall >= 20 for fall in falls.values())
     told = " and ".join(f"{family} falls by {fall:.1f} points" for family, fall in falls.items())
     return Claim("thinking", "Thinking helps", holds, f"With the thought forced empty, {told} (asked: 20).", rows)

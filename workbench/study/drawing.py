@@ -11,6 +11,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .views import union
+
 
 @lru_cache(maxsize=4096)
 def shape_ink(shape: str, side: int, half_x: int, half_y: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,9 +93,14 @@ def paper(width: int, height: int, rng: random.Random) -> np.ndarray:
     return tile[top : top + height, left : left + 3 * width] + np.array(tint * width, dtype=np.uint8)
 
 
-def text_width(text: str, size: int, spacing: int = 1) -> int:
-    """Pixels that a line of text takes, from its first pen position to the end of its last."""
-    return sum(advance(character, size) + spacing for character in text)
+def text_extents(text: str, size: int, spacing: int = 1) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 of a line's ink, seen from the pen that `print_text` starts with."""
+    boxes, x = [], 0
+    for character in text:
+        ink, dx, dy = glyph_ink(character, size)
+        boxes.append((x + dx, dy, x + dx + ink.shape[1] // 3, dy + ink.shape[0]))
+        x += advance(character, size) + spacing
+    return union(boxes)
 
 
 def print_text(

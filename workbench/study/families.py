@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from workbench.study.scenes import COLOURS, SHAPES, Level, Obj, Scene, has_distractors, is_unique, scene
-from workbench.study.views import Album
-
-Box = tuple[float, float, float, float]
+from workbench.study.views import Album, Box
 
 PLURALS = {s: "crosses" if s == "cross" else s + "s" for s in SHAPES}
 DIRECTIONS = ("left of", "right of", "above", "below")

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .drawing import advance, blend, glyph_ink, grain, shape_ink
-from .views import View
+from .views import View, union
 
 PALETTE = {
     "red": (208, 36, 48),
@@ -146,8 +146,19 @@ def content_key(objects: tuple[Obj, ...], number: str) -> str:
 
 def split_of(objects: tuple[Obj, ...], number: str) -> str:
     """The split this content belongs to, wherever and however often it is drawn."""
-    bucket = hashlib.sha256(content_key(objects, number).encode()).digest()[0] % 16
+    return split_of_content(content_key(objects, number))
+
+
+def split_of_content(content: str) -> str:
+    """The split of anything that can be shown, told in words: 1 in 16 report, 1 in 16 choose, the rest train."""
+    bucket = hashlib.sha256(content.encode()).digest()[0] % 16
     return {0: "report", 1: "choose"}.get(bucket, "train")
+
+
+def clear_of_zone_lines(x: float, y: float, width: int, height: int) -> bool:
+    """True if the point is well off the lines between the nine zones, so that its zone is no coin toss."""
+    across = min(abs(x - width / 3), abs(x - 2 * width / 3))
+    return min(across, abs(y - height / 3), abs(y - 2 * height / 3)) >= ZONE_MARGIN
 
 
 def has_distractors(target: Obj, objects: tuple[Obj, ...]) -> bool:
@@ -207,7 +218,7 @@ def _lay_out(rng: random.Random, level: Level, kind: str) -> _Layout | None:
     glyphs: tuple[_Glyph, ...] = ()
     if kind == "read" or rng.random() < level.number_chance:
         glyphs = _place_number(rng, level, width, height)
-        taken.append(_union([_glyph_box(g) for g in glyphs]))
+        taken.append(union([_glyph_box(g) for g in glyphs]))
     free = width * height - sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in taken)
     room = max(1, int(0.42 * free / (level.side[0] + GAP) ** 2))
     wanted = _choose_objects(rng, level, kind, min(level.objects[1], room))
@@ -305,15 +316,10 @@ def _place_number(rng: random.Random, level: Level, width: int, height: int) -> 
     for digit in text:
         glyphs.append(_Glyph(digit, font_size, pen, 0))
         pen += advance(digit, font_size) + spacing
-    x0, y0, x1, y1 = _union([_glyph_box(g) for g in glyphs])
+    x0, y0, x1, y1 = union([_glyph_box(g) for g in glyphs])
     dx = rng.randint(2, int(width - 2 - (x1 - x0))) - int(x0)
     dy = rng.randint(2, int(height - 2 - (y1 - y0))) - int(y0)
     return tuple(_Glyph(g.digit, g.font_size, g.x + dx, g.y + dy) for g in glyphs)
-
-
-def _union(boxes) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = zip(*boxes, strict=True)
-    return min(x0), min(y0), max(x1), max(y1)
 
 
 # ---- drawing

@@ -139,8 +139,8 @@ THEN = (
     replace(_MANY, name="many-third", steps=150, mix=Mix(EVERY, ASKED, ("third",))),
     _MANY,
     Stage("print", 420, Mix(PRINT, {}, ("third", "full", "full"), 0), 64, 4e-3, 1.5e-3, warm=30, decay_from=0.5, dense=1.0),
-    replace(_JOINT, steps=1200),
-    replace(_JOINT, name="cooldown", steps=800, final_rate=0.0, warm=1, decay_from=0.0),
+    replace(_JOINT, steps=700),
+    replace(_JOINT, name="cooldown", steps=850, final_rate=0.0, warm=1, decay_from=0.0),
 )
 STAGES = FIRST + THEN
 
@@ -251,8 +251,7 @@ class Run:
     def train(self, save_every: int = 100) -> None:
         for index in range(self.progress.stage, len(self.stages)):
             stage = self.stages[index]
-            self.model.to(getattr(torch, stage.dtype))
-            self.hand_over()
+            self.compute_in(stage.dtype)
             bar = tqdm(
                 total=stage.steps, initial=self.progress.step, desc=stage.name, disable=self.rank > 0, mininterval=5
             )
@@ -275,6 +274,11 @@ class Run:
     def record(self, line: dict[str, object]) -> None:
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def compute_in(self, dtype: str) -> None:
+        """Puts the model that computes into this dtype, with weights rounded from the stepped ones."""
+        self.model.to(getattr(torch, dtype))
+        self.hand_over()
 
     @torch.no_grad()
     def hand_over(self) -> None:
@@ -345,7 +349,7 @@ def continue_briefly(model: KimiVL, chat: Chat, steps: int, seed: int, update: b
     stage = replace(stage, bias_rate=stage.bias_rate if update else 0.0)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), seed, 0, 1, (stage,), model, chat)
-    run.model.to(getattr(torch, stage.dtype))
+    run.compute_in(stage.dtype)
     for choice in run.balancer.choices:
         choice.bias.zero_()
     violations = []

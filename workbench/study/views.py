@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
 
@@ -11,7 +12,14 @@ if TYPE_CHECKING:
     from .scenes import Obj
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in picture pixels
+Number = TypeVar("Number", int, float)
 Glyph = tuple[str, Box]  # a printed character and the box of its ink
+
+
+def union(boxes: Iterable[tuple[Number, Number, Number, Number]]) -> tuple[Number, Number, Number, Number]:
+    """The smallest box around all of `boxes`, of which there must be one."""
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return min(x0), min(y0), max(x1), max(y1)
 
 
 @dataclass(frozen=True)

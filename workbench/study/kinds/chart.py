@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..drawing import paper, print_text
+from ..drawing import paper, print_text, text_extents
 from ..families import Question
-from ..scenes import COLOURS, PALETTE
+from ..scenes import COLOURS, PALETTE, split_of_content
 from ..views import Album, Box, Glyph, View
-from .written import dark_ink, fill, split_of_key, start, text_extents, varied
+from .written import dark_ink, fill, start, varied
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, l
     while True:
         n = rng.randint(*bars)
         colours, values = rng.sample(COLOURS, n), [rng.randint(1, largest) for _ in range(n)]
-        if split_of_key(bar_key(colours, values)) == split:
+        if split_of_content(bar_key(colours, values)) == split:
             break
     plan = _plan(rng, rng.randint(*sides), rng.randint(*sides), max(values))
     drawn = _bars(rng, plan, colours, values)

@@ -6,7 +6,6 @@ split is the asked one, so that train, choose and report never share a content.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -14,18 +13,12 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from ..drawing import advance, blend, glyph_ink, print_text, shape_ink
-from ..scenes import GAP, PALETTE, SPLITS, ZONE_MARGIN, ZONES, Obj, zone_of
+from ..drawing import blend, print_text, shape_ink, text_extents
+from ..scenes import GAP, PALETTE, SPLITS, ZONES, Obj, clear_of_zone_lines, split_of_content, zone_of
 from ..views import Box, View
 
 T = TypeVar("T")
 Print = tuple[str, int, int, int]  # text, pen x, pen y, font size
-
-
-def split_of(content: str) -> str:
-    """The split of a content, by the rule of `scenes.split_of`: 1/16 report, 1/16 choose, the rest train."""
-    bucket = hashlib.sha256(content.encode()).digest()[0] % 16
-    return {0: "report", 1: "choose"}.get(bucket, "train")
 
 
 def level_of(levels: Mapping[str, T], name: str, split: str) -> T:
@@ -41,7 +34,7 @@ def in_split(split: str, lay_out: Callable[[], T | None], content: Callable[[T],
     """The first layout that came out (is not None) and whose content belongs to the split."""
     for _ in range(20_000):
         laid = lay_out()
-        if laid is not None and split_of(content(laid)) == split:
+        if laid is not None and split_of_content(content(laid)) == split:
             return laid
     raise ValueError(f"20000 layouts held none for split {split!r}; allow more objects or larger pictures")
 
@@ -63,9 +56,7 @@ def clear(box: Box, taken: Iterable[Box]) -> bool:
 
 def in_one_zone(box: Box, width: int, height: int) -> bool:
     """True if the centre is well off the lines between the nine zones, so that its zone is no coin toss."""
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    across = min(abs(x - width / 3), abs(x - 2 * width / 3))
-    return min(across, abs(y - height / 3), abs(y - 2 * height / 3)) >= ZONE_MARGIN
+    return clear_of_zone_lines((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, width, height)
 
 
 def free_box(rng: random.Random, side: int, width: int, height: int, taken: Sequence[Box]) -> Box | None:
@@ -84,26 +75,15 @@ def thing(colour: str, shape: str, box: Box, width: int, height: int) -> Obj:
     return Obj(colour, shape, box, zone_of(x, y, width, height))
 
 
-def ink_box(text: str, size: int) -> Box:
-    """The box of a line's ink, seen from the pen at (0, 0)."""
-    x, corners = 0, []
-    for character in text:
-        ink, dx, dy = glyph_ink(character, size)
-        corners.append((x + dx, dy, x + dx + ink.shape[1] // 3, dy + ink.shape[0]))
-        x += advance(character, size) + 1
-    left, top, right, bottom = zip(*corners, strict=True)
-    return min(left), min(top), max(right), max(bottom)
-
-
 def print_at(text: str, size: int, left: int, top: int) -> tuple[Print, Box]:
     """The line whose ink has its top left corner there, and the box of that ink."""
-    x0, y0, x1, y1 = ink_box(text, size)
+    x0, y0, x1, y1 = text_extents(text, size)
     return (text, int(left - x0), int(top - y0), size), (left, top, left + x1 - x0, top + y1 - y0)
 
 
 def print_in_corner(text: str, size: int, corner: str, width: int, height: int) -> tuple[Print, Box]:
     """The line 3 pixels off a corner such as "top left"."""
-    x0, y0, x1, y1 = ink_box(text, size)
+    x0, y0, x1, y1 = text_extents(text, size)
     left = 3 if "left" in corner else int(width - 3 - (x1 - x0))
     return print_at(text, size, left, 3 if "top" in corner else int(height - 3 - (y1 - y0)))
 

@@ -6,10 +6,11 @@ import random
 
 from PIL import Image
 
-from ..drawing import paper, print_text
+from ..drawing import paper, print_text, text_extents
 from ..families import Question
-from ..views import Album, Box, View
-from .written import dark_ink, fill, split_of_key, start, text_extents, union
+from ..scenes import split_of_content
+from ..views import Album, Box, View, union
+from .written import dark_ink, fill, start
 
 COLUMNS = 3
 SMALLEST_FONT = 14
@@ -55,7 +56,7 @@ def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, l
     sides, fonts, lengths = _LEVELS[level]
     while True:
         a, b = (rng.randint(10 ** (n - 1), 10**n - 1) for n in rng.choices((1, 2, 3), lengths, k=2))
-        if split_of_key(sum_key(a, b)) == split:
+        if split_of_content(sum_key(a, b)) == split:
             break
     width, height = rng.randint(*sides), rng.randint(*sides)
     lines, size, spacing, rule = _lay_out(rng, a, b, width, height, rng.randint(*fonts))

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from ..drawing import paper
+from ..drawing import paper, text_extents
 from ..families import Question
 from ..scenes import COLOURS, SHAPES, Obj, content_key
 from ..views import Album, Box, View
-from .place import Print, clear, free_box, in_split, ink_box, ink_tint, level_of, other, pick, print_at, show, thing, tint
+from .place import Print, clear, free_box, in_split, ink_tint, level_of, other, pick, print_at, show, thing, tint
 
 MEDIUM = (30, 46)  # side of the distractors
 LARGEST = 504  # pixels a side
@@ -128,7 +128,7 @@ def _lay_out(rng: random.Random, level: Level) -> _Page | None:
 def _number(rng: random.Random, level: Level, width: int, height: int, taken: list[Box]) -> Print | None:
     """A printed number of two digits somewhere free."""
     text, size = str(rng.randint(10, 99)), rng.randint(*level.font)
-    x0, y0, x1, y1 = ink_box(text, size)
+    x0, y0, x1, y1 = text_extents(text, size)
     for _ in range(30):
         left, top = rng.randint(2, int(width - 2 - (x1 - x0))), rng.randint(2, int(height - 2 - (y1 - y0)))
         line, box = print_at(text, size, left, top)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..drawing import paper, print_text
+from ..drawing import paper, print_text, text_extents
 from ..families import Question
-from ..scenes import PALETTE, zone_of
+from ..scenes import PALETTE, clear_of_zone_lines, split_of_content, zone_of
 from ..views import Album, Box, Glyph, View
-from .written import clear_of_zone_lines, dark_ink, fill, fill_round, split_of_key, start, text_extents, varied
+from .written import dark_ink, fill, fill_round, start, varied
 
 LABELS = (
     "back cancel close copy cut edit find help new next no ok open play print save send stop undo yes"
@@ -100,7 +100,7 @@ def _plan_until(rng: random.Random, split: str, level: str) -> _Plan:
     sides, fonts, numbers = _LEVELS[level]
     while True:
         faces = _faces(rng, rng.randint(*numbers), rng.random() < 0.5)
-        if split_of_key(window_key(faces)) != split:
+        if split_of_content(window_key(faces)) != split:
             continue
         for _ in range(8):
             plan = _plan(rng, rng.randint(*sides), rng.randint(*sides), rng.randint(*fonts), faces)

@@ -6,11 +6,11 @@ import random
 
 from PIL import Image
 
-from ..drawing import blend, paper, print_text, shape_ink
+from ..drawing import blend, paper, print_text, shape_ink, text_extents
 from ..families import Question
-from ..scenes import COLOURS, GAP, PALETTE, SHAPES, ZONES, Obj, zone_of
+from ..scenes import COLOURS, GAP, PALETTE, SHAPES, ZONES, Obj, split_of_content, zone_of
 from ..views import Album, Box, View
-from .written import dark_ink, free_box, split_of_key, start, text_extents, varied
+from .written import dark_ink, free_box, start, varied
 
 COMMON = (
     "air apple ball bell bird blue boat book bread cake car cat chair clock cloud corn cup dog door ear egg eye farm "
@@ -46,7 +46,7 @@ def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, l
     sides, fonts, letters, most = _LEVELS[level]
     while True:
         word = a_word(rng, *letters)
-        if split_of_key(word) == split:
+        if split_of_content(word) == split:
             break
     width, height = rng.randint(*sides), rng.randint(*sides)
     size, spacing, printed = rng.randint(*fonts), rng.randint(1, 2), word.upper()

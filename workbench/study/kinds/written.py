@@ -1,16 +1,16 @@
-"""What the kinds with printed text share: levels, splits by content, measured text, filled boxes, free places."""
+"""What the kinds with printed text share: levels, tints, filled boxes, free places."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 from functools import lru_cache
 
 import numpy as np
 
-from ..drawing import advance, blend, glyph_ink
-from ..scenes import GAP, SPLITS, ZONE_MARGIN
+from ..drawing import blend
+from ..scenes import SPLITS, clear_of_zone_lines
 from ..views import Box
+from .place import clear
 
 LEVELS = ("first", "second", "third", "full")
 
@@ -22,28 +22,6 @@ def start(kind: str, seed: int, split: str, level: str) -> random.Random:
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; choose one of {', '.join(LEVELS)}")
     return random.Random(f"{kind}/{seed}/{split}/{level}")
-
-
-def split_of_key(key: str) -> str:
-    """The split that a content belongs to, wherever it is drawn: 1 in 16 report, 1 in 16 choose, the rest train."""
-    bucket = hashlib.sha256(key.encode()).digest()[0] % 16
-    return {0: "report", 1: "choose"}.get(bucket, "train")
-
-
-def text_extents(text: str, size: int, spacing: int) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 of a line's ink, seen from the pen that `drawing.print_text` starts with."""
-    boxes, x = [], 0
-    for character in text:
-        ink, dx, dy = glyph_ink(character, size)
-        boxes.append((x + dx, dy, x + dx + ink.shape[1] // 3, dy + ink.shape[0]))
-        x += advance(character, size) + spacing
-    return union(boxes)
-
-
-def union(boxes):
-    """The smallest box around all of `boxes`."""
-    x0, y0, x1, y1 = zip(*boxes, strict=True)
-    return min(x0), min(y0), max(x1), max(y1)
 
 
 def varied(rng: random.Random, colour: tuple[int, int, int]) -> list[int]:
@@ -79,20 +57,13 @@ def _round_ink(width: int, height: int, radius: int) -> tuple[np.ndarray, np.nda
     return np.repeat(cover.astype(np.float32), 3, 1), np.repeat(shaded.astype(np.float32), 3, 1)
 
 
-def clear_of_zone_lines(x: float, y: float, width: int, height: int) -> bool:
-    """True if the part of the picture that holds the point is no coin toss."""
-    across = min(abs(x - width / 3), abs(x - 2 * width / 3))
-    down = min(abs(y - height / 3), abs(y - 2 * height / 3))
-    return min(across, down) >= ZONE_MARGIN
-
-
 def free_box(rng: random.Random, side: int, width: int, height: int, taken: list[Box]) -> Box | None:
     """A side x side box clear of `taken` and of the lines between zones; None if 30 tries find none."""
     for _ in range(30):
         x, y = rng.randint(2, width - side - 2), rng.randint(2, height - side - 2)
         if not clear_of_zone_lines(x + side / 2, y + side / 2, width, height):
             continue
-        beside = (x + side + GAP <= a or c + GAP <= x or y + side + GAP <= b or d + GAP <= y for a, b, c, d in taken)
-        if all(beside):
-            return float(x), float(y), float(x + side), float(y + side)
+        box = (float(x), float(y), float(x + side), float(y + side))
+        if clear(box, taken):
+            return box
     return None
