@@ -43,7 +43,8 @@ class Viewer(gr.HTML):
     """The linked viewer; its value is a payload of `workbench.viewer`."""
 
     def __init__(self, **settings: Any):
-        start = "\nconst viewer = kimiViewer(element.querySelector('.viewer'));"
+        start = "\nconst act = (asked) => trigger('apply', asked);"
+        start += "\nconst viewer = kimiViewer(element.querySelector('.viewer'), { act });"
         start += "\nwatch('value', () => viewer.show(props.value));\nviewer.show(props.value);"
         settings |= {"html_template": '<div class="viewer"></div>', "js_on_load": source("viewer.js") + start}
         super().__init__(apply_default_css=False, **settings)
@@ -147,6 +148,7 @@ def build(session: Session, page: Page | None = None) -> gr.Blocks:
         for changed in (family.input, size.input, scene_seed.submit):
             gr.on([changed], draw, [family, scene_seed, size], scene, **hidden)
         picture.upload(page.check, picture, None, **hidden).failure(lambda: None, None, picture, **hidden)
+        viewer.apply(page.act, None, viewer, concurrency_limit=8, trigger_mode="multiple", **hidden)
         stop.click(page.stop, None, None, queue=False, **hidden)
         app.load(page.opening, None, [viewer, keep, *scene], **hidden)
         app.unload(page.stop)

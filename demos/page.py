@@ -6,7 +6,7 @@ import itertools
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from workbench.study.families import Question, make
 from workbench.study.scenes import Scene
 from workbench.viewer import payload, progress, standalone
 
+from .acts import ACTS, Asked
 from .session import Session
+from .shelf import EVERYBODY, Shelf
 
 # Family and seed of the scenes that are ready to be asked about; the page opens on the first. The model was never
 # trained on any of them.
@@ -80,6 +82,7 @@ class Page:
 
     def __init__(self, session: Session):
         self.session = session
+        self.shelf = Shelf()
         self._folder = tempfile.TemporaryDirectory(prefix="kimi-vl-")  # removed when the page's process ends
         self._kept = itertools.count()
         self._opening: tuple[Any, ...] | None = None
@@ -124,7 +127,7 @@ class Page:
             shown = 0.0
             for item in answering:
                 if isinstance(item, Run):
-                    yield self._finished(item, drawn, picture, *idle)
+                    yield self._finished(item, str(request.session_hash), drawn, picture, *idle)
                     return
                 if isinstance(item, Reply):
                     so_far |= {"thought": item.thought, "answer": item.answer, "note": ""}
@@ -142,9 +145,12 @@ class Page:
         known = {"model": self.session.model_name, "device": self.session.device}
         return progress([picture] if picture else [], question=question, note=note, **known)
 
-    def _finished(self, run: Run, drawn: Drawn | None, picture: Picture | None, *buttons: Any) -> tuple[Any, ...]:
+    def _finished(
+        self, run: Run, visitor: str, drawn: Drawn | None, picture: Picture | None, *buttons: Any
+    ) -> tuple[Any, ...]:
         note = "" if run.finished else "Cut off: it was stopped, or reached the longest reply."
-        shown = payload(run, truth=truth(drawn, picture, run.question, run.answer), note=note)
+        known = truth(drawn, picture, run.question, run.answer)
+        shown = payload(run, id=self.shelf.put(visitor, run), truth=known, note=note)
         return shown, *buttons, self._keep(shown)
 
     def _keep(self, shown: dict[str, Any], name: str | None = None) -> gr.DownloadButton:
@@ -168,10 +174,33 @@ class Page:
                     if isinstance(item, Run):
                         known = truth(drawn, picture, question.text, item.answer)
                         # a newcomer should first see a word that was read from the picture, whichever it is
-                        shown = payload(item, truth=known) | {"start": "looking"}
+                        kept = self.shelf.put(EVERYBODY, item)
+                        shown = payload(item, id=kept, truth=known) | {"start": "looking"}
                         self._opening = shown, self._keep(shown, "opening"), scene.image, question.text, drawn
         assert self._opening is not None
         yield self._opening
+
+    def act(self, event: gr.EventData, request: gr.Request) -> Iterator[dict[str, Any]]:
+        """Answers a question of a panel: {"kind": "result", "id", and "data" with "done", or "error"}."""
+        visitor, asked = str(request.session_hash), event._data
+        result = {"kind": "result", "id": asked["id"]}
+        try:
+            run = self.shelf.get(visitor, asked["run"])
+
+            def work(should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+                keep = lambda new: self.shelf.put(visitor, new)  # noqa: E731
+                yield from ACTS[asked["name"]](Asked(self.session, run, asked["args"], should_stop, keep))
+
+            last: dict[str, Any] = {}
+            for data in self.session.serve(visitor, work):
+                last = {"note": "Waiting while somebody else is being answered…"} if data is None else data
+                yield result | {"data": last, "done": False}
+            yield result | {"data": last, "done": True}
+        except ValueError as error:
+            yield result | {"error": sentence(error)}
+        except Exception as error:
+            yield result | {"error": "It failed. The terminal of the page says why."}
+            raise toast(error) from error
 
     def prepare(self) -> None:
         """Makes the example before anybody comes."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from kimi_vl_ref import Chat, KimiVL, Reply, checkpoint_folder, load
 from kimi_vl_ref.images import Picture, open_image
 from workbench.runs import Run, record
+
+T = TypeVar("T")
 
 
 class Session:
@@ -59,6 +61,20 @@ class Session:
         content: list[dict[str, Any]] = [{"type": "text", "text": question.strip()}]
         if picture is not None:
             content.insert(0, {"type": "image", "image": picture.image})
+        messages = [{"role": "user", "content": content}]
+
+        def recorded(should_stop: Callable[[], bool]) -> Iterator[Reply | Run]:
+            yield from record(
+                self.model, self.chat, messages, model_name=self.model_name, should_stop=should_stop, **settings
+            )
+
+        yield from self.serve(visitor, recorded)
+
+    def serve(self, visitor: str, work: Callable[[Callable[[], bool]], Iterator[T]]) -> Iterator[T | None]:
+        """Does work that needs the model: yields None while others are served, then what the work yields.
+
+        `work` is given should_stop(). Whatever the same visitor wanted before is stopped.
+        """
         self.stop(visitor)
         stopped = self._asking[visitor] = threading.Event()
         try:
@@ -67,15 +83,7 @@ class Session:
                     return
                 yield None
             try:
-                messages = [{"role": "user", "content": content}]
-                yield from record(
-                    self.model,
-                    self.chat,
-                    messages,
-                    model_name=self.model_name,
-                    should_stop=stopped.is_set,
-                    **settings,
-                )
+                yield from work(stopped.is_set)
             finally:  # also when the visitor has left and this generator is dropped
                 self._busy.release()
         finally:

@@ -1,7 +1,7 @@
 """Training batches: pictures with several questions each, as conversations in the model's own chat format.
 
 The questions about one picture (or one series of pictures) are branches of a tree: they share the tokens up to the end of
-the last picture, which are computed once, and never see each other. All trees of a batch lie in one long row without
+the last picture and any text they all begin with, which are computed once, and never see each other. All trees of a batch lie in one long row without
 padding. Everything follows from (stage, step, place in the batch), so a resumed run sees exactly what it would have seen.
 Letters: N tokens of all trees, P patches.
 """
@@ -34,6 +34,7 @@ class Mix:
     levels: tuple[str, ...] = ("full",)  # walked through in equal parts of the stage
     questions: int = 6
     second_turn: float = 0.15  # share of branches that go on with a second question
+    any_level: tuple[str, ...] = ("needle",)  # kinds of every level all the time: their longest cost most and teach no more
     cut: float = 0.1  # share of thoughts that are cut off and answered as they stand, as a thought budget does
 
 
@@ -70,6 +71,8 @@ def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample
         # mostly the level that is due, sometimes an easier one so that nothing is forgotten
         level = mix.levels[upto if rng.random() < 0.75 else rng.randint(0, upto)]
         kind = rng.choices(kinds, shares)[0]
+        if kind in mix.any_level:
+            level = rng.choice(list(LEVELS))
         if kind in families.DRAWN:
             pictures, asked = families.drawn(kind, seed, "train", level)
             rng.shuffle(asked)
@@ -95,17 +98,19 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
     for sample in samples if any(s.questions for s in samples) else ():
         rng = random.Random(sample.seed + 1)
         shared = shared_part(chat, [next(counts) for _ in sample.pictures.views])
+        written = [branch(chat, turns, rng, mix.cut) for turns in _conversations(mix, sample.questions, rng)]
+        alike = _alike([row for row, _ in written])  # a long text before every question is part of what they share
+        shared += written[0][0][:alike] if written else []
         start = len(ids)
         ids += shared
         positions += range(len(shared))
         branches += [0] * len(shared)
         targets += [-1] * len(shared)
-        for number, turns in enumerate(_conversations(mix, sample.questions, rng), start=1):
-            written, following = branch(chat, turns, rng, mix.cut)
-            ids += written
-            positions += range(len(shared), len(shared) + len(written))
-            branches += [number] * len(written)
-            targets += following
+        for number, (row, following) in enumerate(written, start=1):
+            ids += row[alike:]
+            positions += range(len(shared), len(shared) + len(row) - alike)
+            branches += [number] * (len(row) - alike)
+            targets += following[alike:]
         trees.append((start, len(ids)))
     return Forest(
         views,
@@ -117,6 +122,13 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
         trees=trees,
         targets=torch.tensor(targets, dtype=torch.long),
     )
+
+
+def _alike(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with; 0 for a single row, which has nobody to share with."""
+    if len(rows) < 2:
+        return 0
+    return next((k for k, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), 0)
 
 
 def _conversations(mix: Mix, asked: list[families.Question], rng: random.Random) -> list[list[families.Question]]:

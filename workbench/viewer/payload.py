@@ -25,15 +25,17 @@ if TYPE_CHECKING:
     from ..runs import Run
 
 HERE = Path(__file__).parent
-VERSION = 1
+VERSION = 2
+PANELS: tuple[str, ...] = ("lens",)  # in the order of their tabs; each is panels/NAME.js with panels/NAME.css
 ATTENTION_BYTES = 4_000_000  # compressed; a longer run keeps the mean over heads, then over layers, and says so
 SHOWN_SIDE = 1280  # pixels; a larger picture is shown smaller, its geometry stays that of the original
 
 
 def payload(
-    run: Run, *, truth: dict[str, Any] | None = None, note: str = "", attention_bytes: int = ATTENTION_BYTES
+    run: Run, *, id: str = "", truth: dict[str, Any] | None = None, note: str = "", attention_bytes: int = ATTENTION_BYTES
 ) -> dict[str, Any]:
     """Everything the viewer shows of a run. `truth` = {"answer": str, "right": bool} where the true answer is known.
+    `id` is what the host calls this run when the viewer asks it for more.
 
     Rows are the positions from `first_row` on: the question and what was written. Visual tokens are not listed as words.
     """
@@ -45,6 +47,7 @@ def payload(
         mass = _like(mass, attention[0])
     return {
         "kind": "run",
+        "id": id,
         "version": VERSION,
         "question": run.question,
         "thought": run.thought,
@@ -113,11 +116,16 @@ def standalone(run: Run | dict[str, Any], *, title: str = "Kimi-VL Workbench") -
 
 @cache
 def source(name: str) -> str:
-    """The text of one of the viewer's files; viewer.js comes with viewer.css inside it."""
+    """The text of one of the viewer's files; viewer.js comes with its parts, its panels and its styles inside it."""
     text = (HERE / name).read_text(encoding="utf-8")
-    if name == "viewer.js":
-        text = text.replace("@CSS@", (HERE / "viewer.css").read_text(encoding="utf-8").replace("\\", "\\\\"), 1)
-    return text
+    if name != "viewer.js":
+        return text
+    panels = [f"panels/{panel}" for panel in PANELS]
+    # a panel's own names stay its own: a block of strict JavaScript is a scope
+    text = text.replace("//@panels", "\n".join("{\n//@include " + panel + ".js\n}" for panel in panels))
+    text = re.sub(r"//@include (\S+)", lambda found: (HERE / found[1]).read_text(encoding="utf-8"), text)
+    style = "\n".join((HERE / f"{sheet}.css").read_text(encoding="utf-8") for sheet in ("viewer", *panels))
+    return text.replace("@CSS@", style.replace("\\", "\\\\"), 1)
 
 
 def pack_array(values: Any, kind: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..drawing import paper
@@ -41,7 +42,7 @@ Pages = list[_Page]
 
 
 def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, list[Question]]:
-    """Two to four pictures and up to five questions; the same arguments always give the same.
+    """Two to four pictures and up to seven questions; the same arguments always give the same.
 
     `targets` are the boxes that count in the picture of the answer, `size` is the size of that picture. Raises
     ValueError for an unknown split or level.
@@ -50,7 +51,7 @@ def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, l
     rng = random.Random(f"compare/{seed}/{split}/{level}")
     pages = in_split(split, lambda: _lay_out(rng, limits), _content)
     views = [show(paper(p.width, p.height, rng), [(o, tint(rng, o.colour)) for o in p.objects]) for p in pages]
-    asked = [*_most(rng, pages, 2), *_find(rng, pages, 2), *_pair(rng, pages)]
+    asked = [*_most(rng, pages, 2), *_find(rng, pages, 2), *_pair(rng, pages), *_list(rng, pages, 2)]
     return Album(tuple(views), seed), asked
 
 
@@ -108,8 +109,13 @@ def _countable(pages: Pages) -> list[tuple[str, list[list[Obj]]]]:
     return countable
 
 
+def _placed(objects: Sequence[Obj]) -> str:
+    return ", ".join(f"{o.name} {o.zone}" for o in objects)
+
+
 def _counts(numbers: list[int], found: list[list[Obj]]) -> str:
-    return ", ".join(f"picture {k + 1}: {len(found[k])}" for k in numbers)
+    """What counts in each picture, one by one and then as a number: as for `count`, so that one skill serves both."""
+    return ", ".join(f"picture {k + 1}: {_placed(found[k]) or 'none'}, so {len(found[k])}" for k in numbers)
 
 
 def _answer(family: str, pages: Pages, at: int, text: str, thought: str, key: str, boxes: list[Obj]) -> Question:
@@ -176,5 +182,18 @@ def _find(rng: random.Random, pages: Pages, n: int) -> list[Question]:
     asked = []
     for at, o in rng.sample(cases, min(n, len(cases))):
         text = rng.choice(("in which picture is the {}?", "which picture has the {}?", "find the picture with the {}."))
-        asked.append(_answer("compare", pages, at, text.format(o.name), "", f"compare find {len(pages)}", [o]))
+        looked = ", ".join(f"picture {k + 1} {'yes' if k == at else 'no'}" for k in range(len(pages)))
+        thought = f"{looked}, so picture {at + 1}"
+        asked.append(_answer("compare", pages, at, text.format(o.name), thought, f"compare find {len(pages)}", [o]))
+    return asked
+
+
+def _list(rng: random.Random, pages: Pages, n: int) -> list[Question]:
+    """Everything in one picture: teaches which picture a number means. Not counted with the comparisons."""
+    asked = []
+    for at in rng.sample(range(len(pages)), n):
+        text = rng.choice(("what is in picture {}?", "list everything in picture {}.", "describe picture {}.")).format(at + 1)
+        page, boxes = pages[at], tuple(o.box for o in pages[at].objects)
+        answer = _placed(page.objects) or "nothing"
+        asked.append(Question("compare", text, "", answer, boxes, "list", (page.width, page.height)))
     return asked

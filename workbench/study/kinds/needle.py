@@ -6,6 +6,7 @@ Length (pictures or lines) and depth (0: the first, 1: the last) can be given, t
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..drawing import paper
@@ -51,7 +52,7 @@ def draw(
     depth: float | None = None,
     variant: str | None = None,
 ) -> tuple[Album, list[Question]]:
-    """A long context and two questions on the same needle; the same arguments always give the same.
+    """A long context, two questions on the same needle and up to four on other straws; the same arguments give the same.
 
     Without `length` it is uniform from SHORTEST to what the level allows, without `depth` the needle is anywhere,
     without `variant` ("pictures" or "lines") the seed chooses. Lines of text stand before the question, after one
@@ -79,7 +80,7 @@ def draw(
     hay = in_split(split, lambda: _lay_out(rng, variant, length, at), lambda hay: f"{hay.names}{hay.numbers}")
     if variant == "pictures":
         views = tuple(_picture(rng, name, str(k)) for name, k in zip(hay.names, hay.numbers, strict=True))
-        return Album(views, seed), _ask_pictures(rng, hay, views[at])
+        return Album(views, seed), _ask_pictures(rng, hay, views)
     view = _picture(rng, pick(rng, [name for name in NAMES if name != hay.names[at]]), "")
     return Album((view,), seed), _ask_lines(rng, hay, view)
 
@@ -120,13 +121,19 @@ def _picture(rng: random.Random, name: str, number: str) -> View:
 # ---- questions
 
 
-def _ask_pictures(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
+def _ask_pictures(rng: random.Random, hay: _Hay, views: Sequence[View]) -> list[Question]:
+    view = views[hay.at]
     name, number = hay.names[hay.at], hay.numbers[hay.at]
     text = rng.choice(("in which picture is the {}?", "which picture has the {}?", "find the picture with the {}."))
     boxes = (view.objects[0].box,)
     asked = [Question("needle", text.format(name), "", f"picture {number}", boxes, "needle picture", view.size)]
     text = rng.choice(("what is in picture {}?", "which thing is in picture {}?", "name the thing in picture {}."))
-    return [*asked, Question("needle", text.format(number), "", name, boxes, "needle thing in picture", view.size)]
+    asked.append(Question("needle", text.format(number), "", name, boxes, "needle thing in picture", view.size))
+    straws = rng.sample([k for k in range(len(hay.names)) if k != hay.at], min(4, len(hay.names) - 1))
+    return asked + [
+        Question("needle", text.format(hay.numbers[k]), "", hay.names[k], (views[k].objects[0].box,), "hay", views[k].size)
+        for k in straws
+    ]
 
 
 def _ask_lines(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
@@ -135,4 +142,9 @@ def _ask_lines(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
     text = rng.choice(("what number has the {}?", "which number has the {}?", "find the number of the {}.")).format(name)
     asked = [Question("needle", f"{lines} {text}", "", str(number), (), "needle number", view.size)]
     text = rng.choice(("what has the number {}?", "which thing has the number {}?", "name the thing with the number {}."))
-    return [*asked, Question("needle", f"{lines} {text.format(number)}", "", name, (), "needle thing in line", view.size)]
+    asked.append(Question("needle", f"{lines} {text.format(number)}", "", name, (), "needle thing in line", view.size))
+    straws = [k for k, number in enumerate(hay.numbers) if k != hay.at and hay.numbers.count(number) == 1]
+    for k in rng.sample(straws, min(4, len(straws))):
+        straw = f"{lines} {text.format(hay.numbers[k])}"
+        asked.append(Question("needle", straw, "", hay.names[k], (), "hay", view.size))
+    return asked
