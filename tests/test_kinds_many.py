@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_every_level_and_split_gives_distinct_questions_in_plain_words(kind):
     for level in LEVELS:
         for split in SPLITS:
             for album, questions in drawn(kind, level, split):
-                assert 2 <= len(questions) <= 6
+                assert 2 <= len(questions) <= 7
                 assert len({(q.text, q.answer) for q in questions}) == len(questions)
                 for q in questions:
                     assert q.family == kind and q.check(q.answer) and not q.check("no idea")
@@ -158,14 +159,28 @@ def counted(album: Album, text: str) -> list[int]:
     return [sum(colour in (None, o.colour) and shape in (None, o.shape) for o in v.objects) for v in album.views]
 
 
+def in_reading_order(objects: Iterable[Obj]) -> str:
+    ordered = sorted(objects, key=lambda o: (ZONES.index(o.zone), o.centre))
+    return ", ".join(f"{o.name} {o.zone}" for o in ordered)
+
+
+def counting(album: Album, text: str, pictures: Iterable[int]) -> str:
+    """The thought that counts in these pictures: each thing that the text names, in reading order, then their number."""
+    steps = []
+    for k in pictures:
+        view = album.views[k]
+        of = [o for o in view.objects if counted(Album((View(view.image, (o,)),), 0), text) == [1]]
+        steps.append(f"picture {k + 1}: {in_reading_order(of) or 'none'}, so {len(of)}")
+    return ", ".join(steps)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_picture_with_the_most_or_fewest_is_the_only_one(level):
     for album, q in asked("compare", "compare most", level):
         counts = counted(album, q.text)
         best = max(counts) if " more " in q.text or " most " in q.text else min(counts)
         assert [k + 1 for k, n in enumerate(counts) if n == best] == [number_in(q.answer)]
-        listed = ", ".join(f"picture {k + 1}: {n}" for k, n in enumerate(counts))
-        assert q.thought == f"{listed}, so {q.answer}"
+        assert q.thought == f"{counting(album, q.text, range(len(counts)))}, so {q.answer}"
         assert len(q.targets) == counts[number_in(q.answer) - 1]
         assert (" more " in q.text or " fewer " in q.text) == (len(counts) == 2)
 
@@ -177,7 +192,7 @@ def test_of_two_pictures_the_one_with_more_or_fewer_is_named(level):
         i, j = (int(n) for n in re.findall(r"picture (\d)", q.text))
         best = (max if " more " in q.text else min)((i, j), key=lambda k: counts[k - 1])
         assert counts[i - 1] != counts[j - 1] and q.answer == f"picture {best}"
-        assert q.thought == f"picture {i}: {counts[i - 1]}, picture {j}: {counts[j - 1]}, so {q.answer}"
+        assert q.thought == f"{counting(album, q.text, (i - 1, j - 1))}, so {q.answer}"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -191,6 +206,15 @@ def test_one_picture_holds_the_thing_and_others_its_colour_and_its_shape(level):
         assert (colour, shape) in held[at]
         assert colour in [c for c, _ in elsewhere] and shape in [s for _, s in elsewhere]
         assert q.targets[0] in [o.box for o in album.views[at].objects] and q.size == album.views[at].size
+        looked = [f"picture {k + 1} {'yes' if (colour, shape) in pairs else 'no'}" for k, pairs in enumerate(held)]
+        assert q.thought == f"{', '.join(looked)}, so {q.answer}"
+
+
+def test_a_list_of_one_picture_names_everything_in_it_and_is_not_counted_as_a_comparison():
+    for album, q in asked("compare", "list"):
+        view = album.views[number_in(q.text) - 1]
+        assert q.answer == (in_reading_order(view.objects) or "nothing")
+        assert set(q.targets) == {o.box for o in view.objects}
 
 
 def test_pictures_to_compare_differ_in_size_and_no_place_is_favoured():
@@ -367,6 +391,17 @@ def test_one_line_holds_the_needle(level):
             assert album.views[0].objects[0].name != name
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_other_straws_are_asked_for_too_and_apart_from_the_needle(level):
+    for album, q in asked("needle", "hay", level):
+        if len(album.views) > 1:
+            assert q.answer == album.views[number_in(q.text) - 1].objects[0].name
+        else:
+            lines = re.findall(r"(\w+ \w+) (\d+)\. ", q.text)
+            number = re.findall(r"\d+", q.text)[-1]
+            assert [name for name, other in lines if other == number] == [q.answer]
+
+
 def named_in(text: str) -> str:
     ((colour, shape),) = named(text)
     return f"{colour} {shape}"
@@ -393,7 +428,7 @@ def test_levels_lengthen_the_context_and_depth_is_uniform():
     assert lengths["first"] <= 6 and lengths["first"] < lengths["second"] < lengths["third"] < lengths["full"] <= 60
     depths = []
     for seed in range(300):
-        _, (q, _) = needle.draw(seed, length=100, variant="lines")
+        _, (q, *_) = needle.draw(seed, length=100, variant="lines")
         depths.append(re.findall(r"\w+ \w+ (\d+)\. ", q.text).index(q.answer))
     assert np.histogram(depths, bins=4, range=(0, 100))[0].min() > 50
 

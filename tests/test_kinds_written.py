@@ -209,7 +209,7 @@ def test_full_charts_have_two_to_five_bars_of_all_values():
 
 @given(st.integers(0, 999), st.integers(0, 999))
 def test_every_carry_of_the_thought_is_right(a, b):
-    found = re.fullmatch(r"(\d{3})\+(\d{3}): (.*), so (\d+)", sums.steps(a, b))
+    found = re.fullmatch(rf"{a}\+{b}, (\d{{3}})\+(\d{{3}}): (.*), so (\d+)", sums.steps(a, b))
     assert found and int(found[1]) == a and int(found[2]) == b and int(found[4]) == a + b
     columns = [re.fullmatch(r"(\d)\+(\d)\+([01])=([01])(\d)", part) for part in found[3].split(", ")]
     assert len(columns) == 3
@@ -224,8 +224,8 @@ def test_every_carry_of_the_thought_is_right(a, b):
 
 
 def test_a_sum_with_carries_reads_as_documented():
-    assert sums.steps(348, 75) == "348+075: 8+5+0=13, 4+7+1=12, 3+0+1=04, so 423"
-    assert sums.steps(999, 1) == "999+001: 9+1+0=10, 9+0+1=10, 9+0+1=10, so 1000"
+    assert sums.steps(348, 75) == "348+75, 348+075: 8+5+0=13, 4+7+1=12, 3+0+1=04, so 423"
+    assert sums.steps(999, 1) == "999+1, 999+001: 9+1+0=10, 9+0+1=10, 9+0+1=10, so 1000"
 
 
 def test_sums_add_the_printed_numbers_and_their_boxes_hold_all_ink(drawn):

@@ -1,8 +1,9 @@
 """Training batches: pictures with several questions each, as conversations in the model's own chat format.
 
 The questions about one picture (or one series of pictures) are branches of a tree: they share the tokens up to the end of
-the last picture and any text they all begin with, which are computed once, and never see each other. All trees of a batch lie in one long row without
-padding. Everything follows from (stage, step, place in the batch), so a resumed run sees exactly what it would have seen.
+the last picture, and any text they all begin with, which are computed once, and never see each other. All trees of a batch
+lie in one long row without padding. Everything follows from (stage, step, place in the batch), so a resumed run sees exactly
+what it would have seen.
 Letters: N tokens of all trees, P patches.
 """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..drawing import paper
 from ..families import PLURALS, Question
-from ..scenes import COLOURS, SHAPES, Obj, content_key
+from ..scenes import COLOURS, SHAPES, ZONES, Obj, content_key
 from ..views import Album, Box
 from .place import free_box, in_split, level_of, other, pick, show, thing, tint
 
@@ -110,7 +110,9 @@ def _countable(pages: Pages) -> list[tuple[str, list[list[Obj]]]]:
 
 
 def _placed(objects: Sequence[Obj]) -> str:
-    return ", ".join(f"{o.name} {o.zone}" for o in objects)
+    """Everything with its place, in reading order, as `describe` and `count` list it."""
+    ordered = sorted(objects, key=lambda o: (ZONES.index(o.zone), o.centre))
+    return ", ".join(f"{o.name} {o.zone}" for o in ordered)
 
 
 def _counts(numbers: list[int], found: list[list[Obj]]) -> str:

@@ -32,11 +32,14 @@ def sum_key(a: int, b: int) -> str:
 
 
 def steps(a: int, b: int) -> str:
-    """The thought: both numbers with three digits each, the columns from the right, then the sum.
+    """The thought: both numbers as they are printed, then with three digits each, the columns from the right, the sum.
+
+    They are read before zeros are put in front: with the zeros first, a number's length had to be known before it was read,
+    and nearly every wrong sum was a number misread.
 
     A column adds its two digits and the carry, and always writes two digits: the carry for the next column and the
     digit that stays. So everything that a step needs stands at a fixed distance before it, and no step needs to know
-    how long the numbers are: steps(348, 75) is "348+075: 8+5+0=13, 4+7+1=12, 3+0+1=04, so 423".
+    how long the numbers are: steps(348, 75) is "348+75, 348+075: 8+5+0=13, 4+7+1=12, 3+0+1=04, so 423".
     """
     upper, lower = f"{a:0{COLUMNS}d}", f"{b:0{COLUMNS}d}"
     carry, columns = 0, []
@@ -44,7 +47,7 @@ def steps(a: int, b: int) -> str:
         total = int(x) + int(y) + carry
         columns.append(f"{x}+{y}+{carry}={total:02d}")
         carry = total // 10
-    return f"{upper}+{lower}: {', '.join(columns)}, so {a + b}"
+    return f"{a}+{b}, {upper}+{lower}: {', '.join(columns)}, so {a + b}"
 
 
 def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, list[Question]]:
