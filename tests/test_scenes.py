@@ -463,3 +463,10 @@ def test_corpus_is_small_closed_and_lower_case():
     assert len(texts) > 1000 and all(t == t.lower() for t in texts)
     assert len({w for t in texts for w in re.findall("[a-z]+", t)}) < 80
     assert set("".join(texts)) <= set("abcdefghijklmnopqrstuvwxyz0123456789 .,?()=")
+
+
+def test_a_scene_may_be_larger_than_the_grain_of_its_paper():
+    large = scene(1, "report", Level("beyond", size=(532, 672), objects=(3, 8), side=(28, 46), number_chance=0.0))
+    assert min(large.size) >= 532 and len(large.objects) >= 3
+    pixels = np.asarray(large.image)[-20:, -20:].reshape(-1, 3)  # the far corner has paper too, with its grain
+    assert pixels.min() > 200 and len(np.unique(pixels)) > 2

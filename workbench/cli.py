@@ -135,22 +135,32 @@ def record_run(
 @app.command()
 def analyse(
     name: Annotated[str, typer.Argument(help="an analysis; 'list' prints their names")],
-    runs: Annotated[list[Path] | None, typer.Argument(help="run files")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="run files, for analyses of recorded runs")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for figure and numbers; default: the analysis' name")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="a run to compare with; repeat it for several")] = None,
     model: Model = "study",
+    family: Annotated[list[str] | None, typer.Option(help="ask scenes of this family; repeat it for several")] = None,
+    scenes: Annotated[int | None, typer.Option(help="scenes of each family")] = None,
+    image: Images = None,
+    question: Annotated[str, typer.Option(help="what to ask about the picture")] = "",
     group: Annotated[str, typer.Option(help="which tokens: all, picture, question, thought, answer, ...")] = "all",
     layer: Annotated[int | None, typer.Option(help="a decoder layer")] = None,
     position: Annotated[int | None, typer.Option(help="a token; default: the first one written")] = None,
     picture: Annotated[int, typer.Option(help="which picture, counted from 0")] = 0,
+    at: Annotated[str | None, typer.Option(help="x,y: a point of the picture in pixels, such as 120,40")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="layer.expert, such as 3.7; repeat it for several")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of shuffles and random controls")] = 0,
+    site: Annotated[str, typer.Option(help="what is patched: residual, attention, heads, experts, ...")] = "residual",
+    label: Annotated[str, typer.Option(help="what a probe reads: colour, shape, character, row, column")] = "colour",
+    samples: Annotated[int, typer.Option(min=1, help="sampled replies to one question")] = 8,
+    max_tokens: MaxTokens = 160,
+    workers: Annotated[int, typer.Option(min=1, help="processes of a sweep")] = 2,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of scenes, shuffles and random controls")] = 0,
 ) -> None:
-    """Write the figure (PNG, SVG) and the numbers (CSV, about.json) of an analysis of recorded runs."""
-    from .analyses import command
+    """Write the figure (PNG, SVG) and the numbers (CSV, about.json) of an analysis of runs, or of a model and pictures."""
+    from .analyses import command, registry
 
     if name == "list":
-        typer.echo("\n".join(command.names()))
+        typer.echo("\n".join(registry.listing()))
         return
     written = command.analyse(
         name,
@@ -158,11 +168,22 @@ def analyse(
         out or Path(name),
         against=against or [],
         model=model,
+        families=family or [],
+        scenes=scenes,
+        images=image or [],
+        question=question,
         group=group,
         layer=layer,
         position=position,
         picture=picture,
+        at=None if at is None else command.point(at),
         experts=[command.expert(one) for one in expert or []],
+        site=site,
+        label=label,
+        samples=samples,
+        max_tokens=max_tokens,
+        workers=workers,
+        progress=sys.stderr.isatty(),
         seed=seed,
     )
     typer.echo("\n".join(map(str, written)))
@@ -192,7 +213,7 @@ def study_evaluate(
 
 @study.command("claim")
 def study_claim(
-    names: Annotated[list[str], typer.Argument(help="thinking, native, rope, experts, landing, balance, or all")],
+    names: Annotated[list[str], typer.Argument(help="thinking, native, rope, experts, landing, balance, needle, or all")],
     model: Model = "study",
     scenes: Annotated[int | None, typer.Option(min=2, help="scenes (balance: steps) in place of the usual number")] = None,
     json: Annotated[Path | None, typer.Option(help="also write the tables to this file")] = None,

@@ -1,6 +1,6 @@
-"""Six claims of the report in miniature, each measured by one command with its control beside it.
+"""Claims of the report in miniature, each measured by one command with its control beside it.
 
-    kimi-vl study claim thinking          # or native, rope, experts, landing, balance; `all` for the six
+    kimi-vl study claim thinking          # or native, rope, experts, landing, balance, needle; `all` for the seven
 
 A claim is a table and a sentence that says whether it held in this measurement. Nothing is tuned on the scenes that are
 reported: the split is "report", as for the table of accuracies.
@@ -26,12 +26,13 @@ from workbench.tape import attach
 
 from .evaluate import ask, count_right, messages, wilson
 from .families import make
+from .kinds import needle
 from .kinds.tiny import shrunk
 from .landing import landing
 from .scenes import Level, Scene
 from .views import Album, View
 
-BUDGETS = (0, 4, 8, 12, 16, 24, 32, 48)
+BUDGETS = (0, 4, 8, 12, 16, 24, 32, 48, 64)
 # Larger than any picture in training, of scenes (224 pixels a side) and of the other kinds (504)
 BEYOND = Level("beyond", size=(532, 672), objects=(3, 8), side=(28, 46), number_chance=0.0)
 
@@ -232,6 +233,34 @@ def balance(model: KimiVL, chat: Chat, steps: int = 60, repeats: int = 3) -> Cla
     return Claim("balance", "Balance without a loss", best > worst, verdict, rows, {"steps": steps})
 
 
+def haystack(model: KimiVL, chat: Chat, scenes: int = 100, split: str = "report") -> Claim:
+    """A needle is found in a long context: at a quarter, a half and all of the longest context in training, by depth.
+
+    Control: the same question about another needle's hay, which can be right by accident only.
+    """
+    rows, shares = [], {}
+    for share in (0.25, 0.5, 1.0):
+        for variant in needle.VARIANTS:
+            length = int(share * needle.LONGEST[variant])
+            pairs = []
+            for seed in range(scenes):
+                depth = (seed % 5 + 0.5) / 5
+                album, asked = needle.draw(seed, split, "full", length=length, depth=depth, variant=variant)
+                pairs.append((album, asked[seed % 2]))  # the number that a name has, and the name that a number has
+            replies = ask(model, chat, pairs, batch=20)
+            hits = [question.check(answer) for (_, question), (_, answer) in zip(pairs, replies, strict=True)]
+            others = [answer for _, answer in replies[2:] + replies[:2]]
+            astray = sum(question.check(answer) for (_, question), answer in zip(pairs, others, strict=True))
+            shares[share, variant] = sum(hits) / scenes
+            depths = {f"depth {(d + 0.5) / 5:.1f}": f"{100 * sum(hits[d::5]) / len(hits[d::5]):.0f}" for d in range(5)}
+            tokens = sum(len(chat.prompt(messages(*pair)).input_ids) for pair in pairs[:10]) / 10
+            row = {"hay": f"{length} {variant}", "tokens": round(tokens), **_share(sum(hits), scenes), **depths}
+            rows.append(row | {"another hay's answer (control)": f"{100 * astray / scenes:.1f}"})
+    quarter, full = (min(shares[share, variant] for variant in needle.VARIANTS) for share in (0.25, 1.0))
+    verdict = f"{100 * quarter:.1f} at least at a quarter of the context (asked: 95), {100 * full:.1f} at all of it (85)."
+    return Claim("needle", "A needle is found in a long context", quarter >= 0.95 and full >= 0.85, verdict, rows)
+
+
 CLAIMS: dict[str, Callable[..., Claim]] = {
     "thinking": thinking,
     "native": native,
@@ -239,6 +268,7 @@ CLAIMS: dict[str, Callable[..., Claim]] = {
     "experts": experts,
     "landing": lands,
     "balance": balance,
+    "needle": haystack,
 }
 
 
