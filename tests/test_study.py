@@ -164,7 +164,7 @@ def test_a_thought_that_is_cut_off_teaches_its_answer_only(study):
 
 def test_each_branch_sees_the_pictures_and_itself():
     ids, positions, branches = torch.tensor([[0] * 6, [0, 1, 2, 3, 2, 3], [0, 0, 1, 1, 2, 2]])
-    planted = Forest([], torch.zeros(0), [], ids, positions, branches, [(0, 6)], torch.zeros(6))
+    planted = Forest([], torch.zeros(0), [], ids, positions, branches, [(0, 6)], torch.zeros(6), torch.zeros(6))
     core = forest.TreeCore()
     core.plant(planted)
     hidden = core.trees[0][1]
@@ -215,3 +215,15 @@ def test_wilson_intervals_behave_at_the_ends():
     assert evaluate.wilson(0, 100)[0] == 0 and 0.03 < evaluate.wilson(0, 100)[1] < 0.05
     low, high = evaluate.wilson(50, 100)
     assert low == pytest.approx(0.404, abs=2e-3) and high == pytest.approx(0.596, abs=2e-3)
+
+
+def test_a_reply_counts_by_the_root_of_its_length_and_nothing_else_counts(study):
+    _, chat = study
+    mix = Mix({"sums": 1.0}, second_turn=0.0, cut=0.0)
+    planted = plant(chat, mix, draw_samples(mix, [3], 0.0))
+    for number in planted.branches.unique():
+        own = planted.branches == number
+        learnt = (planted.targets[own] >= 0).sum()
+        assert (number == 0) == (learnt == 0)
+        counted = planted.weights[own][planted.targets[own] >= 0].sum()
+        assert torch.isclose(counted, learnt.float().sqrt())

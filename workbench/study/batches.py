@@ -60,6 +60,7 @@ class Forest:
     branches: Tensor  # (N,) 0 in the shared part, then 1, 2, ... inside each tree
     trees: list[tuple[int, int]]  # first and last + 1 of the N
     targets: Tensor  # (N,) the token that follows where the assistant writes it, else -1
+    weights: Tensor  # (N,) what a target counts: a long reply more than a short one, but not by its length
 
 
 def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample]:
@@ -95,7 +96,7 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
     pixel_values, grids, _ = chat.processor([view.image for view in views])
     counts = iter([int(h) * int(w) // 4 for h, w in grids.tolist()])
     ids: list[int] = []
-    positions, branches, targets, trees = [], [], [], []
+    positions, branches, targets, weights, trees = [], [], [], [], []
     for sample in samples if any(s.questions for s in samples) else ():
         rng = random.Random(sample.seed + 1)
         shared = shared_part(chat, [next(counts) for _ in sample.pictures.views])
@@ -107,11 +108,14 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
         positions += range(len(shared))
         branches += [0] * len(shared)
         targets += [-1] * len(shared)
+        weights += [0.0] * len(shared)
         for number, (row, following) in enumerate(written, start=1):
             ids += row[alike:]
             positions += range(len(shared), len(shared) + len(row) - alike)
             branches += [number] * (len(row) - alike)
             targets += following[alike:]
+            # by the token, answers of two words would drown in thoughts of forty
+            weights += [sum(token >= 0 for token in following) ** -0.5] * (len(row) - alike)
         trees.append((start, len(ids)))
     return Forest(
         views,
@@ -122,6 +126,7 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
         branches=torch.tensor(branches, dtype=torch.long),
         trees=trees,
         targets=torch.tensor(targets, dtype=torch.long),
+        weights=torch.tensor(weights),
     )
 
 

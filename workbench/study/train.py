@@ -309,7 +309,9 @@ class Run:
             self.core.plant(planted)
             stream = forest.run(self.model, planted, tokens)  # (N, D)
             learnt = planted.targets >= 0
-            words = F.cross_entropy(self.model.logits(stream[learnt]).float(), planted.targets[learnt])
+            each = F.cross_entropy(self.model.logits(stream[learnt]).float(), planted.targets[learnt], reduction="none")
+            weights = planted.weights[learnt]
+            words = (weights * each).sum() / weights.sum()
             log["words"] = float(words.detach())
             loss = loss + words
         loss.backward()
