@@ -6,7 +6,8 @@ import itertools
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from kimi_vl_ref.images import ImageError, Picture
 from workbench.runs import Run
 from workbench.study.families import Question, make
 from workbench.study.scenes import Scene
-from workbench.viewer import payload, progress, standalone
+from workbench.study.views import Album
+from workbench.viewer import payload, progress, standalone, steps
 
-from .acts import ACTS, Asked
+from .acts import ACTS, WITHOUT_MODEL, Asked
+from .desk import Desk, Desks, Drawn, uploaded
 from .session import Session
 from .shelf import EVERYBODY, Shelf
 
@@ -35,32 +38,21 @@ SIZES = {
 LARGEST_SEED = 2**31 - 1
 FRAME = 0.05  # seconds between two updates of a text that is being written
 
-Drawn = tuple[str, int, str]  # family, seed and level: what it takes to draw a scene and its question again
 
-
-def scene_of(drawn: Drawn) -> tuple[Scene, Question]:
+def scene_of(drawn: Drawn) -> tuple[Scene | Album, Question]:
     family, seed, level = drawn
     return make(family, seed, level=level)
 
 
-def draw(family: str, seed: float | None, size: str) -> tuple[Any, str, Drawn]:
-    """(picture, question, what was drawn); the true answer follows from the last."""
-    drawn = family, min(abs(int(seed or 0)), LARGEST_SEED), SIZES[size]
-    try:
-        scene, question = scene_of(drawn)
-    except ValueError as error:
-        raise toast(error) from error
-    return scene.image, question.text, drawn
-
-
-def truth(drawn: Drawn | None, picture: Picture | None, asked: str, answer: str) -> dict[str, Any] | None:
-    """{"answer", "right"}; None where the truth is not known: own pictures, and questions that are not the scene's own."""
-    if drawn is None or picture is None:
+def truth(drawn: Drawn | None, pictures: Sequence[Picture], asked: str, answer: str) -> dict[str, Any] | None:
+    """{"family", "answer", "right"}; None where the truth is not known: own pictures, or a question not the scene's own."""
+    if drawn is None:
         return None
     scene, question = scene_of(drawn)
-    if asked.strip() != question.text or picture.image.tobytes() != scene.image.tobytes():
+    shown = [picture.image.tobytes() for picture in pictures]
+    if asked.strip() != question.text or shown != [image.tobytes() for image in scene.images]:
         return None
-    return {"answer": question.answer, "right": question.check(answer)}
+    return {"family": drawn[0], "answer": question.answer, "right": question.check(answer)}
 
 
 def sentence(error: Exception) -> str:
@@ -68,12 +60,12 @@ def sentence(error: Exception) -> str:
     return text[0].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def toast(error: Exception) -> gr.Error:
+def toast(error: Exception, more: str = "") -> gr.Error:
     """One sentence for the visitor. What is no fault of theirs also leaves its traceback in the terminal."""
     if isinstance(error, ImageError):
-        return gr.Error(sentence(error), title="This picture cannot be used", print_exception=False)
+        return gr.Error(sentence(error) + more, title="This picture cannot be used", print_exception=False)
     if isinstance(error, ValueError):
-        return gr.Error(sentence(error), title="This cannot be done", print_exception=False)
+        return gr.Error(sentence(error) + more, title="This cannot be done", print_exception=False)
     return gr.Error(f"The model could not answer: {sentence(error)} Ask again, or try a smaller picture.", title="It failed")
 
 
@@ -83,51 +75,97 @@ class Page:
     def __init__(self, session: Session):
         self.session = session
         self.shelf = Shelf()
+        self.desks = Desks()
         self._folder = tempfile.TemporaryDirectory(prefix="kimi-vl-")  # removed when the page's process ends
         self._kept = itertools.count()
-        self._opening: tuple[Any, ...] | None = None
+        self._opening: tuple[Any, Any] | None = None
         self._opening_lock = threading.Lock()
 
-    def check(self, upload: str | None) -> None:
-        """Raises the toast for a file that no question could be asked about."""
+    # ---- what is asked about
+
+    def draw(self, family: str, seed: float | None, size: str, request: gr.Request) -> tuple[Any, ...]:
+        """Draws a scene in place of the pictures that were there: (tray, turns, again button, question)."""
+        drawn = family, min(abs(int(seed or 0)), LARGEST_SEED), SIZES[size]
         try:
-            if upload is not None:
-                self.session.picture(upload)
-        except Exception as error:
+            desk, question = self._drawn(drawn)
+        except ValueError as error:
             raise toast(error) from error
+        return *self._shown(self.desks.change(str(request.session_hash), lambda _: desk)), question
+
+    def _drawn(self, drawn: Drawn) -> tuple[Desk, str]:
+        scene, question = scene_of(drawn)
+        return Desk.of([self.session.picture(image) for image in scene.images], drawn), question.text
+
+    @staticmethod
+    def _shown(desk: Desk) -> tuple[Any, ...]:
+        """(tray, turns, again button)"""
+        return desk.tray(), desk.told(), gr.Button(visible=bool(desk.turns))
+
+    def arrange(self, event: gr.EventData, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """Adds, moves or removes pictures: (tray, turns, again button). Of several files the good ones are kept, and one
+        sentence tells of the others.
+        """
+        visitor, asked = str(request.session_hash), event._data
+        found: list[Picture] = []
+        refused: list[Exception] = []
+        for name in asked.get("failed", ()):
+            refused.append(ValueError(f"the file {name} could not be uploaded; choose a file of at most 32 MB"))
+        for file in asked.get("files", ()):
+            try:
+                found.append(self.session.picture(uploaded(file["path"])))
+            except Exception as error:
+                refused.append(error)
+        changes: dict[str, Callable[[Desk], Desk]] = {
+            "add": lambda desk: desk.add(found) if found else desk,
+            "remove": lambda desk: desk.remove(asked["id"]),
+            "move": lambda desk: desk.move(asked["id"], asked["by"]),
+        }
+        try:
+            yield self._shown(self.desks.change(visitor, changes[asked["what"]]))
+        except ValueError as error:
+            yield self._shown(self.desks.get(visitor))
+            refused.append(error)
+        if refused:
+            raise toast(refused[0], f" ({len(refused)} files could not be used.)" if len(refused) > 1 else "")
+
+    def again(self, request: gr.Request) -> tuple[Any, ...]:
+        """A new conversation about the same pictures: (tray, turns, again button)."""
+        return self._shown(self.desks.change(str(request.session_hash), lambda desk: replace(desk, turns=())))
+
+    # ---- answering
 
     def ask(
-        self,
-        upload: str | None,
-        question: str,
-        drawn: Drawn | None,
-        temperature: float,
-        budget: int,
-        longest: float,
-        seed: float | None,
-        request: gr.Request,
+        self, question: str, temperature: float, budget: int, longest: float, seed: float | None, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """Streams (viewer, ask button, stop button, keep button). On an error the viewer goes back to the last run."""
-        working = gr.Button(interactive=False), gr.Button(interactive=True), gr.skip()
+        """Streams (viewer, ask button, stop button, keep button, turns, again button). On an error the viewer goes back to
+        the last run.
+        """
+        same = gr.skip(), gr.skip(), gr.skip()
+        working = gr.Button(interactive=False), gr.Button(interactive=True), *same
         idle = gr.Button(interactive=True), gr.Button(interactive=False)
+        visitor, question = str(request.session_hash), question.strip()
+        desk = self.desks.get(visitor)
         try:
-            picture = None if upload is None else self.session.picture(upload)
+            messages = desk.asking(question)
             answering = self.session.answer(
-                str(request.session_hash),
-                picture,
+                visitor,
+                desk.pictures,
                 question,
+                earlier=messages[:-1],
                 temperature=float(temperature),
                 thought_budget=None if budget < 0 else budget,
                 max_new_tokens=int(longest),
                 seed=int(seed or 0),
             )
-            so_far = self._so_far(picture, question.strip(), "Reading the picture and the question…")
-            if question.strip():
+            so_far = self._so_far(desk.pictures, question, "Reading the picture and the question…")
+            if question:
                 yield so_far, *working
             shown = 0.0
             for item in answering:
                 if isinstance(item, Run):
-                    yield self._finished(item, str(request.session_hash), drawn, picture, *idle)
+                    view, keep = self._finished(item, visitor, desk)
+                    now = self.desks.change(visitor, lambda now: self._with_turn(now, desk, messages, item))  # noqa: B023
+                    yield view, *idle, keep, *self._shown(now)[1:]
                     return
                 if isinstance(item, Reply):
                     so_far |= {"thought": item.thought, "answer": item.answer, "note": ""}
@@ -135,23 +173,34 @@ class Page:
                     so_far |= {"note": "Waiting while somebody else is being answered…"}
                 if time.monotonic() - shown > FRAME:
                     shown = time.monotonic()
-                    yield so_far, *working
-            yield {"kind": "none"}, *idle, gr.skip()  # stopped while waiting
+                    yield so_far | {"steps": steps(so_far["thought"])}, *working
+            yield {"kind": "none"}, *idle, *same  # stopped while waiting
         except Exception as error:
-            yield {"kind": "none"}, *idle, gr.skip()
+            yield {"kind": "none"}, *idle, *same
             raise toast(error) from error
 
-    def _so_far(self, picture: Picture | None, question: str, note: str) -> dict[str, Any]:
-        known = {"model": self.session.model_name, "device": self.session.device}
-        return progress([picture] if picture else [], question=question, note=note, **known)
+    def _with_turn(self, now: Desk, asked: Desk, messages: Sequence[dict[str, Any]], run: Run) -> Desk:
+        """With one turn more, unless the pictures were changed while it was written."""
+        if now.ids != asked.ids:
+            return now
+        chat = self.session.chat
+        written = [int(id) for id in run.token_ids[run.prompt_length :] if int(id) not in chat.stop_ids]
+        return now.answered(messages, chat.tokenizer.decode(written))
 
-    def _finished(
-        self, run: Run, visitor: str, drawn: Drawn | None, picture: Picture | None, *buttons: Any
-    ) -> tuple[Any, ...]:
+    def _so_far(self, pictures: Sequence[Picture], question: str, note: str) -> dict[str, Any]:
+        known = {"model": self.session.model_name, "device": self.session.device}
+        return progress(pictures, question=question, note=note, **known)
+
+    def _finished(self, run: Run, visitor: str, desk: Desk) -> tuple[Any, Any]:
+        """(viewer, keep button)"""
+        shown = self._view(visitor, self.shelf.put(visitor, run, desk.drawn))
+        return shown, self._keep(shown)
+
+    def _view(self, visitor: str, id: str) -> dict[str, Any]:
+        """What the viewer shows of a run on the visitor's shelf. Raises ValueError if it is not there."""
+        run, drawn = self.shelf.get(visitor, id), self.shelf.drawn(visitor, id)
         note = "" if run.finished else "Cut off: it was stopped, or reached the longest reply."
-        known = truth(drawn, picture, run.question, run.answer)
-        shown = payload(run, id=self.shelf.put(visitor, run), truth=known, note=note)
-        return shown, *buttons, self._keep(shown)
+        return payload(run, id=id, truth=truth(drawn, run.pictures, run.question, run.answer), note=note)
 
     def _keep(self, shown: dict[str, Any], name: str | None = None) -> gr.DownloadButton:
         """The button with the run as a file. Gradio copies the file at once, so that a few places are enough for all."""
@@ -160,39 +209,54 @@ class Page:
         file.write_text(standalone(shown), encoding="utf-8")
         return gr.DownloadButton(value=file, interactive=True)
 
-    def opening(self) -> Iterator[tuple[Any, ...]]:
-        """(viewer, keep button, picture, question, what was drawn): a finished example, made once for all visitors."""
-        drawn = (*EXAMPLES[0], "full")
-        scene, question = scene_of(drawn)
-        picture = self.session.picture(scene.image)
+    def opening(self, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """(viewer, keep button, tray, question): a finished example, made once for all visitors."""
+        desk, question = self._drawn((*EXAMPLES[0], "full"))
+        self.desks.change(str(request.session_hash), lambda _: desk)
         if self._opening is None:
             note = "Answering an example first, so that there is something to look at…"
-            yield self._so_far(picture, question.text, note), gr.skip(), scene.image, question.text, drawn
+            yield self._so_far(desk.pictures, question, note), gr.skip(), desk.tray(), question
+        yield *self.prepare(), desk.tray(), question
+
+    def prepare(self) -> tuple[Any, Any]:
+        """The example's (viewer, keep button); makes it if nobody has yet."""
         with self._opening_lock:
             if self._opening is None:
-                for item in self.session.answer("the opening", picture, question.text, max_new_tokens=128):
+                desk, question = self._drawn((*EXAMPLES[0], "full"))
+                for item in self.session.answer("the opening", desk.pictures, question, max_new_tokens=128):
                     if isinstance(item, Run):
-                        known = truth(drawn, picture, question.text, item.answer)
+                        known = truth(desk.drawn, desk.pictures, question, item.answer)
                         # a newcomer should first see a word that was read from the picture, whichever it is
-                        kept = self.shelf.put(EVERYBODY, item)
+                        kept = self.shelf.put(EVERYBODY, item, desk.drawn)
                         shown = payload(item, id=kept, truth=known) | {"start": "looking"}
-                        self._opening = shown, self._keep(shown, "opening"), scene.image, question.text, drawn
+                        self._opening = shown, self._keep(shown, "opening")
         assert self._opening is not None
-        yield self._opening
+        return self._opening
 
-    def act(self, event: gr.EventData, request: gr.Request) -> Iterator[dict[str, Any]]:
-        """Answers a question of a panel: {"kind": "result", "id", and "data" with "done", or "error"}."""
+    def act(self, event: gr.EventData, request: gr.Request) -> Iterator[Any]:
+        """Answers a question of a panel: {"kind": "result", "id", and "data" with "done", or "error"}.
+
+        "stop" ends what the same visitor asked before, whose own last result says what came of it.
+        """
         visitor, asked = str(request.session_hash), event._data
+        if asked["name"] == "stop":
+            self.session.stop(visitor)
+            yield gr.skip()
+            return
         result = {"kind": "result", "id": asked["id"]}
         try:
-            run = self.shelf.get(visitor, asked["run"])
+            run, drawn = self.shelf.get(visitor, asked["run"]), self.shelf.drawn(visitor, asked["run"])
 
             def work(should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-                keep = lambda new: self.shelf.put(visitor, new)  # noqa: E731
-                yield from ACTS[asked["name"]](Asked(self.session, run, asked["args"], should_stop, keep))
+                keep = lambda new: self.shelf.put(visitor, new, drawn)  # noqa: E731
+                check = lambda answer: truth(drawn, run.pictures, run.question, answer)  # noqa: E731
+                shelf, view = lambda: self.shelf.own(visitor), lambda id: self._view(visitor, id)
+                known = Asked(self.session, run, asked["args"], should_stop, keep, check, shelf, view)
+                yield from ACTS[asked["name"]](known)
 
             last: dict[str, Any] = {}
-            for data in self.session.serve(visitor, work):
+            serve = self.session.beside if asked["name"] in WITHOUT_MODEL else self.session.serve
+            for data in serve(visitor, work):
                 last = {"note": "Waiting while somebody else is being answered…"} if data is None else data
                 yield result | {"data": last, "done": False}
             yield result | {"data": last, "done": True}
@@ -202,10 +266,15 @@ class Page:
             yield result | {"error": "It failed. The terminal of the page says why."}
             raise toast(error) from error
 
-    def prepare(self) -> None:
-        """Makes the example before anybody comes."""
-        for _ in self.opening():
-            pass
-
     def stop(self, request: gr.Request) -> None:
         self.session.stop(str(request.session_hash))
+
+    def leave(self, request: gr.Request) -> None:
+        """The visitor is gone: nothing of theirs stays."""
+        self.stop(request)
+        self.desks.clear(str(request.session_hash))
+        self.shelf.clear(str(request.session_hash))
+
+    def close(self) -> None:
+        """Removes the files that were made for downloads; the end of the process does so too."""
+        self._folder.cleanup()

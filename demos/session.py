@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,20 +19,23 @@ T = TypeVar("T")
 class Session:
     """A model, its chat format and its name for the page."""
 
-    def __init__(self, model: KimiVL, chat: Chat, name: str):
-        self.model, self.chat = model, chat
+    def __init__(self, model: KimiVL, chat: Chat, name: str, against: Session | None = None):
+        """against: other weights, which the page can ask the same question."""
+        self.model, self.chat, self.against = model, chat, against
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
         self.model_name = f"{name}, {size} parameters"
         self._busy = threading.Lock()
         self._asking: dict[str, threading.Event] = {}  # visitor -> to be set when what they asked last should stop
+        self._beside: dict[str, threading.Event] = {}  # the same for what needs no model
 
     @classmethod
-    def load(cls, source: str = "study") -> Session:
+    def load(cls, source: str = "study", against: str | None = None) -> Session:
         """From "study" or a checkpoint folder in the released layout, on a GPU if there is one. Raises ValueError."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, chat = load(source, device=device)
-        return cls(model, chat, "study model" if source == "study" else checkpoint_folder(source).resolve().name)
+        name = "study model" if source == "study" else checkpoint_folder(source).resolve().name
+        return cls(model, chat, name, None if against is None else cls.load(against))
 
     @property
     def device(self) -> str:
@@ -51,17 +54,25 @@ class Session:
         image = open_image(Path(source).read_bytes() if isinstance(source, str | Path) else source)
         return Picture(image, self.chat.processor.grid(*image.size))
 
-    def answer(self, visitor: str, picture: Picture | None, question: str, **settings: Any) -> Iterator[Reply | Run | None]:
+    def answer(
+        self,
+        visitor: str,
+        pictures: Picture | Sequence[Picture],
+        question: str,
+        *,
+        earlier: Sequence[dict[str, Any]] = (),
+        **settings: Any,
+    ) -> Iterator[Reply | Run | None]:
         """Yields None while others are served, then the growing Reply, then the Run; settings as for `record`.
 
-        Asking again stops what the same visitor asked before. Raises ValueError with a sentence for the visitor.
+        earlier: the messages so far, with the pictures in the first of them. Asking again stops what the same visitor asked
+        before. Raises ValueError with a sentence for the visitor.
         """
         if not question.strip():
             raise ValueError("The question is empty; write what you want to know about the picture.")
-        content: list[dict[str, Any]] = [{"type": "text", "text": question.strip()}]
-        if picture is not None:
-            content.insert(0, {"type": "image", "image": picture.image})
-        messages = [{"role": "user", "content": content}]
+        shown = [pictures] if isinstance(pictures, Picture) else list(pictures)
+        content = [{"type": "image", "image": picture.image} for picture in ([] if earlier else shown)]
+        messages = [*earlier, {"role": "user", "content": [*content, {"type": "text", "text": question.strip()}]}]
 
         def recorded(should_stop: Callable[[], bool]) -> Iterator[Reply | Run]:
             yield from record(
@@ -90,7 +101,17 @@ class Session:
             if self._asking.get(visitor) is stopped:
                 del self._asking[visitor]
 
+    def beside(self, visitor: str, work: Callable[[Callable[[], bool]], Iterator[T]]) -> Iterator[T]:
+        """Does work that needs no model: at once, whoever is being answered. `stop` ends it too."""
+        stopped = self._beside[visitor] = threading.Event()
+        try:
+            yield from work(stopped.is_set)
+        finally:
+            if self._beside.get(visitor) is stopped:
+                del self._beside[visitor]
+
     def stop(self, visitor: str) -> None:
         """What the visitor asked ends after the token that is being written, and keeps what was written."""
-        if event := self._asking.get(visitor):
-            event.set()
+        for event in (self._asking.get(visitor), self._beside.get(visitor)):
+            if event is not None:
+                event.set()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -76,3 +78,11 @@ def drawn_words(figure: Figure) -> str:
     figure.draw_without_rendering()
     found = [figure.get_suptitle(), figure.get_supxlabel(), *(axes.get_title() for axes in figure.axes)]
     return "\n".join(found + [text.get_text() for axes in figure.axes for text in axes.texts])
+
+
+def levels(axes: Axes) -> list[float]:
+    """Heights of the level lines of a panel, where chance is drawn: those of axhline, and those of hlines."""
+    lines = [np.asarray(line.get_ydata(), float) for line in axes.lines]
+    pieces = [piece for drawn in axes.collections if isinstance(drawn, LineCollection) for piece in drawn.get_segments()]
+    lines += [np.asarray(piece)[:, 1] for piece in pieces if len(piece)]  # an interval that is not known has none
+    return [float(line[0]) for line in lines if len(line) == 2 and line[0] == line[1]]

@@ -313,10 +313,19 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
 
 
-def upload(page, name: str, data: bytes) -> None:
-    if page.locator("#picture button[aria-label='Clear']").count():
-        page.locator("#picture button[aria-label='Clear']").click()
-    page.locator("#picture input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
+def clear(page) -> None:
+    """Takes all pictures away."""
+    away = page.locator("#picture [aria-label^='Remove']")
+    while count := away.count():
+        away.first.click()
+        page.wait_for_function("n => document.querySelectorAll('#picture li').length < n", arg=count)
+
+
+def upload(page, *files: tuple[str, bytes]) -> None:
+    """Chooses files, (name, bytes) each, and waits until they are there or refused."""
+    box = page.locator("#picture input[type=file]")
+    box.set_input_files([{"name": name, "mimeType": "image/png", "buffer": data} for name, data in files])
+    page.wait_for_selector("#picture .tray:not(.busy)")
 
 
 def toast(page) -> str:
@@ -341,10 +350,12 @@ REFUSED = {
 
 def test_bad_pictures_are_refused_in_a_sentence_and_the_page_lives(visit):
     for name, (data, words) in REFUSED.items():
-        upload(visit, "picture.png", data)
+        upload(visit, ("picture.png", data))
         said = toast(visit)
         assert words in said and "/tmp" not in said and "Traceback" not in said, (name, said)
-    upload(visit, "scene.png", saved(SCENE, "PNG"))
+    assert visit.locator("#picture li").count() == 1  # what was there is still there
+    clear(visit)
+    upload(visit, ("scene.png", saved(SCENE, "PNG")))
     ask(visit, "how many orange things are there?")
     assert visit.locator(".answer .tok:not(.template)").count() >= 1
 
@@ -362,8 +373,8 @@ def test_unusual_pictures_are_read(visit):
     }
     sizes = {}
     for name, data in files.items():
-        upload(visit, name, data)
-        visit.wait_for_timeout(500)
+        clear(visit)
+        upload(visit, (name, data))
         ask(visit, "list everything.")
         sizes[name] = part(visit, "size").inner_text()
     assert sizes["turned.jpg"].startswith("56 × 84") and sizes["dot.png"].startswith("1 × 1")

@@ -78,6 +78,19 @@ def test_numbers_come_back_as_exactly_as_the_documentation_says():
     np.testing.assert_array_equal(unpack_array(shown["bias"]), run.bias)
 
 
+def test_experts_of_pictures_and_of_the_words_before_the_rows_come_with_the_largest_weight_first():
+    run = made_run(top_k=3)
+    shown, image = payload(run), run.positions("image")
+    early = [at for at in range(run.first_row) if at not in image]
+    for name, positions in (("chosen_picture", image), ("chosen_early", early)):
+        found = unpack_array(shown[name])
+        assert found.shape == (len(run.moe_layers), len(positions), 3)
+        for layer in range(len(found)):
+            for ids, at in zip(found[layer], positions, strict=True):
+                weight = dict(zip(run.chosen[layer, at].tolist(), run.weights[layer, at].tolist(), strict=True))
+                assert sorted(weight.values(), reverse=True) == [weight[e] for e in ids.tolist()]
+
+
 @pytest.mark.parametrize("kind", ["root8", "unit8", "unit16"])
 def test_a_share_of_nothing_and_of_everything_are_exact(kind):
     assert unpack_array(pack_array(np.array([0.0, 1.0]), kind)).tolist() == [0.0, 1.0]

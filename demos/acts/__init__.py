@@ -6,9 +6,10 @@ ValueError with one sentence for the visitor.
 
 from __future__ import annotations
 
-from . import lens
+from . import change, compare, keep, lens, look, think
 from .act import Act, Asked
 
-ACTS: dict[str, Act] = lens.ACTS
+ACTS: dict[str, Act] = look.ACTS | think.ACTS | change.ACTS | lens.ACTS | compare.ACTS | keep.ACTS
+WITHOUT_MODEL = frozenset(keep.ACTS)  # done at once, whoever is being answered
 
-__all__ = ["ACTS", "Act", "Asked"]
+__all__ = ["ACTS", "WITHOUT_MODEL", "Act", "Asked"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ class Asked:
     args: dict[str, Any]
     should_stop: Callable[[], bool]
     keep: Callable[[Run], str]  # puts a new run on the visitor's shelf and returns its id
+    # an answer to the run's own question -> {"family", "answer", "right"}; None where the truth is not known
+    truth: Callable[[str], dict[str, Any] | None] = lambda _answer: None
+    shelf: Callable[[], Mapping[str, Run]] = dict  # the visitor's runs by id
+    view: Callable[[str], dict[str, Any]] = lambda id: {"id": id}  # what the viewer shows of one of them
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
         """A number among the args. Raises ValueError if it is missing (and has no default), no number or out of range."""

@@ -1,5 +1,5 @@
 """One linked viewer of a run, in plain JavaScript, and what feeds it: `payload` for a page, `standalone` for one HTML file."""
 
-from .payload import payload, progress, source, standalone
+from .payload import payload, progress, source, standalone, steps
 
-__all__ = ["payload", "progress", "source", "standalone"]
+__all__ = ["payload", "progress", "source", "standalone", "steps"]

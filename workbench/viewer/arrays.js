@@ -11,9 +11,9 @@ async function unpack({ shape, kind, data }) {
   return { shape, raw, at: (i) => value[raw[i]] };
 }
 async function open(payload) {
-  const names = ["attention", "mass", "chosen", "weights", "scores", "bias"];
+  const names = ["attention", "mass", "chosen", "chosen_early", "chosen_picture", "weights", "scores", "bias"];
   const arrays = await Promise.all(names.map((name) => unpack(payload[name])));
-  const opened = { ...payload, ...Object.fromEntries(names.map((name, i) => [name, arrays[i]])), tops: {} };
+  const opened = { ...payload, ...Object.fromEntries(names.map((name, i) => [name, arrays[i]])), tops: {}, sinks: {}, inks: {}, failed: {}, owed: new Map(), neutral: null, eye: null };
   opened.onPicture = payload.role_names.map((name) => name.startsWith("image"));
   return opened;
 }

@@ -20,6 +20,11 @@ function drawExperts() {
       }
     });
   });
+  if (state.expert) {
+    draw.strokeStyle = colour("ink");
+    draw.lineWidth = 2;
+    draw.strokeRect(left + state.expert[1] * wide - 1, top + state.expert[0] * tall - 1, wide - gap + 2, tall - gap + 1);
+  }
   canvas.pick = (x, y) => [Math.floor((y - top) / tall), Math.floor((x - left) / wide)];
   const chance = k / experts, words = rows.length === 1 ? `${moment()} ${describeSpan()}` : `${rows.length} words, ${describeSpan()}`;
   say("expert-words", words);
@@ -28,9 +33,9 @@ function drawExperts() {
   part("expert-bar").style.background = gradient();
   part("expert-bar").replaceChildren(mark);
   say("chance", `Each layer picks ${k} of ${experts} experts for a word; the line marks chance, ${percent(chance)}.`);
-  const [l, e] = state.expert || [];
-  say("expert-readout", state.expert ? `Layer ${layers[l]}, expert ${e}: chosen for ${percent(shares[l][e])} of the selected words, chance ${percent(chance)}.` : "Point at a cell for its share; click a layer to see why.");
-  canvas.setAttribute("aria-label", `Experts chosen for ${describeSpan()}: ${layers.map((name, i) => `layer ${name}: ${[...shares[i]].map((s, x) => [s, x]).filter(([s]) => s > chance).map(([, x]) => x).join(", ")}`).join("; ")}. Up and down choose a layer.`);
+  const [l, e] = shownExpert() || [];
+  say("expert-readout", shownExpert() ? `Layer ${layers[l]}, expert ${e}: chosen for ${percent(shares[l][e])} of the selected words, chance ${percent(chance)}.` : "Point at a cell for its share. Click it to keep it: what it served stays bright on the picture and underlined in the words.");
+  canvas.setAttribute("aria-label", `Experts chosen for ${describeSpan()}: ${layers.map((name, i) => `layer ${name}: ${[...shares[i]].map((s, x) => [s, x]).filter(([s]) => s > chance).map(([, x]) => x).join(", ")}`).join("; ")}. Up and down choose a layer, left and right an expert.`);
   fillTable("share-table", ["expert", ...layers.map((name) => `L${name}`)], Array.from({ length: experts }, (_, x) => [x, ...shares.map((s) => percent(s[x]))]));
   const details = expertDetails(rows, state.tableLayer), listed = details.filter((d) => d.share > 0).slice(0, 8);
   const shown = listed.concat(details.filter((d) => d.share === 0).slice(0, 2));

@@ -1,6 +1,11 @@
 // What mouse, finger and keyboard do.
 
 choices("views", [["heat", "heat"], ["spotlight", "spotlight"], ["picture", "picture"]], (view) => set({ view }));
+const offered = ["attention", ...(canAct ? ["relative", "relevancy", "eye"] : []), "experts"];
+choices("maps", offered.map((name) => [name, MAPS[name].label]), (name) => {
+  preview.cell = null;
+  set({ [state.tab === "route" ? "routeMap" : "map"]: name, expert: null });
+});
 choices("sides", [["write", "while writing it"], ["read", "after reading it"]], (side) => {
   set({ side });
   if (!selectedRows().length) select(choosable().at(-1)); // the last word of all was written, but never read back
@@ -11,6 +16,8 @@ part("layer").onchange = (e) => {
   set({ layer, tableLayer: moe < 0 ? state.tableLayer : moe });
 };
 part("head").onchange = (e) => set({ head: number(e.target.value) });
+part("eye-layer").onchange = (e) => set({ eyeLayer: number(e.target.value) });
+part("eye-head").onchange = (e) => set({ eyeHead: number(e.target.value) });
 part("table-layer").onchange = (e) => set({ tableLayer: +e.target.value });
 part("template").onchange = (e) => {
   frame.classList.toggle("hide-template", !e.target.checked);
@@ -30,6 +37,12 @@ part("strip").onpointerdown = (e) => {
 part("strip").onpointerover = (e) => {
   const tok = dragging && e.buttons && e.target.closest(".tok");
   if (tok) select(+tok.dataset.word, true);
+};
+part("strip").ondblclick = (e) => { // a word of several pieces
+  const tok = e.target.closest(".tok");
+  if (!tok || rowOf(+tok.dataset.word) < 0) return;
+  const [from, to] = wordAround(+tok.dataset.word);
+  set({ from, to });
 };
 window.addEventListener("pointerup", () => (dragging = false));
 part("strip").onkeydown = (e) => {
@@ -58,26 +71,39 @@ const tokenUnder = (e) => {
   const column = Math.floor(x / side), row = Math.floor(y / side);
   return column >= 0 && row >= 0 && column < g.across && row < g.down ? row * g.across + column : null;
 };
-const point = (token) => { if (token !== state.token) { state.token = token; drawPicture(); drawLooking(); } };
+const glance = () => { drawPicture(); drawLooking(); drawStrip(); }; // pointing at things redraws no more than this
+const point = (token) => { if (token !== preview.token) { preview.token = token; glance(); } };
+// A click keeps the patch, the same again lets it go; the token it lies in is what words look at.
+const keepPatch = (token, patch) => {
+  const again = token === null || (state.token === token && (state.patch === patch || chosenMap() !== "eye"));
+  preview.token = preview.cell = null;
+  set(again ? { token: null, patch: null } : { token, patch, expert: null });
+};
 const pixelUnder = (e) => { // of the resized picture
   const g = geometry(), [x, y] = inside(picture, e), scale = picture.clientWidth / g.padded[0];
   return [x / scale + g.offset[0], y / scale + g.offset[1]];
 };
 picture.onpointermove = (e) => (tool ? tool.move(...pixelUnder(e)) : point(tokenUnder(e)));
 picture.onpointerdown = (e) => {
-  if (!tool) return point(tokenUnder(e));
+  const token = tokenUnder(e);
+  if (!tool && token === null) return;
+  if (!tool) {
+    const g = geometry(), [x, y] = inside(picture, e), side = picture.clientWidth / g.grid[1];
+    return keepPatch(token, Math.floor(y / side) * g.grid[1] + Math.floor(x / side));
+  }
   picture.setPointerCapture(e.pointerId);
   tool.down(...pixelUnder(e));
 };
 picture.onpointerup = (e) => tool?.up(...pixelUnder(e));
-picture.onpointerleave = () => run?.kind === "run" && root.activeElement !== picture && point(null);
-picture.onblur = () => run?.kind === "run" && point(null);
+picture.onpointerleave = () => run?.kind === "run" && point(null);
 picture.onkeydown = (e) => {
   const g = run?.kind === "run" && run.pictures.length && geometry();
   const step = g && { ArrowRight: 1, ArrowLeft: -1, ArrowDown: g.across, ArrowUp: -g.across }[e.key];
+  if (g && e.key === "Escape") keepPatch(null);
   if (!step) return;
   e.preventDefault();
-  point(state.token === null ? 0 : Math.max(0, Math.min(g.tokens - 1, state.token + step)));
+  const token = state.token === null ? 0 : Math.max(0, Math.min(g.tokens - 1, state.token + step));
+  set({ token, patch: patchesOf(token)[0], expert: null });
 };
 part("tracks").onclick = (e) => select(part("tracks").pick(...inside(part("tracks"), e)), e.shiftKey);
 part("heads").onclick = (e) => {
@@ -91,15 +117,23 @@ const cellUnder = (e) => {
   const [l, x] = experts.pick(...inside(experts, e));
   return l >= 0 && l < run.model.moe_layers.length && x >= 0 && x < run.model.experts ? [l, x] : null;
 };
+function chooseExpert(l, e) { // the same again lets it go
+  const again = `${state.expert}` === `${[l, e]}`;
+  preview.cell = null;
+  set({ tableLayer: l, expert: again ? null : [l, e], token: null, patch: null });
+}
 experts.onpointermove = (e) => {
   const cell = run?.kind === "run" ? cellUnder(e) : null;
-  if (`${cell}` !== `${state.expert}`) { state.expert = cell; drawExperts(); }
+  if (`${cell}` !== `${preview.cell}`) { preview.cell = cell; drawExperts(); glance(); }
 };
-experts.onpointerleave = () => { if (run?.kind === "run") { state.expert = null; drawExperts(); } };
-experts.onclick = (e) => { const cell = cellUnder(e); if (cell) set({ tableLayer: cell[0], expert: cell }); };
-experts.onkeydown = (e) => {
-  const step = { ArrowDown: 1, ArrowUp: -1 }[e.key];
-  if (!step) return;
+experts.onpointerleave = () => { if (run?.kind === "run" && preview.cell) { preview.cell = null; drawExperts(); glance(); } };
+experts.onclick = (e) => { const cell = cellUnder(e); if (cell) chooseExpert(...cell); };
+experts.onkeydown = (e) => { // up and down choose a layer, left and right an expert
+  const down = { ArrowDown: 1, ArrowUp: -1 }[e.key], right = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
+  if (e.key === "Escape" && state.expert) set({ expert: null });
+  if (!down && !right) return;
   e.preventDefault();
-  set({ tableLayer: Math.max(0, Math.min(run.model.moe_layers.length - 1, state.tableLayer + step)) });
+  const { moe_layers, experts: count } = run.model, tableLayer = Math.max(0, Math.min(moe_layers.length - 1, state.tableLayer + (down || 0)));
+  const expert = right ? Math.max(0, Math.min(count - 1, (state.expert?.[1] ?? -1) + right)) : state.expert?.[1];
+  set({ tableLayer, ...(expert === undefined ? {} : { expert: [tableLayer, expert], token: null, patch: null }) });
 };

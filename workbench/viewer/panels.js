@@ -44,7 +44,7 @@ function buildTabs() {
     part("tabs").children[at].focus();
   };
 }
-function drawPanels() {
+function layOut() { // before anything is drawn: canvases take the room they find
   for (const tab of part("tabs").children) {
     const on = tab.dataset.tab === state.tab;
     tab.setAttribute("aria-selected", on);
@@ -52,33 +52,39 @@ function drawPanels() {
   }
   root.querySelector(".cols").dataset.tab = state.tab === "look" ? "look" : "panel";
   const open = panels.find((panel) => panel.name === state.tab);
-  root.querySelector(".inside").classList.toggle("kept", Boolean(open?.keeps?.includes("inside")));
+  const inside = root.querySelector(".inside"), kept = Boolean(open?.keeps?.includes("inside"));
+  const home = kept ? root.getElementById(`panel-${open.name}`) : root.querySelector(".cols");
+  inside.classList.toggle("kept", kept);
+  // in the panel itself, so that no longer column beside it moves it under the pointer
+  if (inside.parentElement !== home) (kept ? home : root.querySelector(".middle"))[kept ? "append" : "after"](inside);
   for (const section of root.querySelectorAll(".panel")) section.hidden = section.dataset.panel !== state.tab;
-  open?.draw?.();
+}
+function drawPanels() {
+  panels.find((panel) => panel.name === state.tab)?.draw?.();
 }
 
 // ---- asking the host
 let asked = 0;
 const awaited = new Map(); // id -> receive
 // receive({ data, done, error }): data as the act yields it, `done` with the last, `error` one sentence instead of data.
-function act(name, args, receive) {
+function act(name, args, receive, about = run.id) {
   const id = ++asked;
   awaited.set(id, receive);
-  hands.act({ id, name, run: run.id, args });
+  hands.act({ id, name, run: about, args });
   return id;
 }
 function received(result) {
   awaited.get(result.id)?.(result);
   if (result.done || result.error) awaited.delete(result.id);
 }
-// A button that asks: it is off while it waits, says so, and what went wrong stands beside it.
-function acting(button, note, name, args, show) {
+// A button that asks: it is off while it waits, says so, and what went wrong stands beside it. `after`: it is over.
+function acting(button, note, name, args, show, after = () => {}) {
   const text = button.textContent;
   button.disabled = true;
   note.textContent = "Working…";
   act(name, args(), ({ data, done, error }) => {
     if (data) show(data, done);
     note.textContent = error || (done ? "" : data?.note || "Working…");
-    if (done || error) { button.disabled = false; button.textContent = text; }
+    if (done || error) { button.disabled = false; button.textContent = text; after(); }
   });
 }

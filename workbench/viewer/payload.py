@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..analyses.cues import CLASSES, classify, segments, split_sentences
+
 if TYPE_CHECKING:
     from kimi_vl_ref.images import Picture
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 VERSION = 2
-PANELS: tuple[str, ...] = ("lens",)  # in the order of their tabs; each is panels/NAME.js with panels/NAME.css
+# in the order of their tabs; each is panels/NAME.js with panels/NAME.css
+PANELS: tuple[str, ...] = ("route", "think", "change", "lens", "compare", "keep")
 ATTENTION_BYTES = 4_000_000  # compressed; a longer run keeps the mean over heads, then over layers, and says so
 SHOWN_SIDE = 1280  # pixels; a larger picture is shown smaller, its geometry stays that of the original
 
@@ -38,6 +41,8 @@ def payload(
     `id` is what the host calls this run when the viewer asks it for more.
 
     Rows are the positions from `first_row` on: the question and what was written. Visual tokens are not listed as words.
+    `chosen` has the experts of the rows, `chosen_early` those of the words before them, `chosen_picture` those of all visual
+    tokens; the last two with the largest weight first.
     """
     words = [at for at, role in enumerate(run.roles) if not role.startswith("image")]
     rows = slice(run.first_row, None)
@@ -45,6 +50,7 @@ def payload(
     mass = np.asarray(run.role_mass, np.float32)
     if averaged:  # both panels must speak of the same heads
         mass = _like(mass, attention[0])
+    ids = "uint8" if run.n_experts <= 256 else "uint16"
     return {
         "kind": "run",
         "id": id,
@@ -67,8 +73,10 @@ def payload(
             "top_k": int(run.chosen.shape[2]),
         },
         "settings": {"seed": run.seed, **run.settings},
+        "edits": list(run.edits),
         "pictures": _pictures(run.pictures),
         "prompt_length": int(run.prompt_length),
+        "earlier": _earlier(run),
         "first_row": int(run.first_row),
         "rows": int(mass.shape[2]),
         "words": {
@@ -78,11 +86,15 @@ def payload(
             "logprob": [_number(run.logprobs[at]) for at in words],
             "entropy": [_number(run.entropies[at]) for at in words],
         },
+        "kinds": list(CLASSES),
+        "segments": _segments(run, words),
         "role_names": list(run.role_names),
         "averaged": averaged,
         "attention": pack_array(*attention),
         "mass": pack_array(mass, "unit16"),
         "chosen": pack_array(run.chosen[:, rows], "uint16"),
+        "chosen_early": pack_array(_by_weight(run, [at for at in words if at < run.first_row]), ids),
+        "chosen_picture": pack_array(_by_weight(run, run.positions("image")), ids),
         "weights": pack_array(run.weights[:, rows], "float32"),
         "scores": pack_array(run.scores[:, rows], "unit16" if run.scores[:, rows].size < 400_000 else "unit8"),
         "bias": pack_array(run.bias, "float32"),
@@ -103,6 +115,11 @@ def progress(
         "model": {"name": model, "device": device},
         "pictures": _pictures(pictures),
     }
+
+
+def steps(thought: str) -> list[list[str]]:
+    """[text, kind] of the sentences of a thought, also of one that is being written; the texts join to the whole again."""
+    return [[text, classify(text).kind] for text in split_sentences(thought)]
 
 
 def standalone(run: Run | dict[str, Any], *, title: str = "Kimi-VL Workbench") -> str:
@@ -129,13 +146,16 @@ def source(name: str) -> str:
 
 
 def pack_array(values: Any, kind: str) -> dict[str, Any]:
-    """An array as {shape, kind, data}. Kinds: root8 (v = (q/255)^2), unit8 (q/255), unit16 (q/65535), uint16, float32."""
+    """An array as {shape, kind, data}. Kinds: root8 (v = (q/255)^2), unit8 (q/255), unit16 (q/65535), uint8, uint16,
+    float32.
+    """
     values = np.asarray(values)
-    wide = np.nan_to_num(values.astype(np.float32)) if kind != "uint16" else values
+    wide = np.nan_to_num(values.astype(np.float32)) if not kind.startswith("uint") else values
     encode = {
         "root8": lambda: np.round(255 * np.sqrt(wide.clip(0, 1))).astype(np.uint8),
         "unit8": lambda: np.round(255 * wide.clip(0, 1)).astype(np.uint8),
         "unit16": lambda: np.round(65535 * wide.clip(0, 1)).astype("<u2"),
+        "uint8": lambda: wide.astype(np.uint8),
         "uint16": lambda: wide.astype("<u2"),
         "float32": lambda: wide.astype("<f4"),
     }[kind]
@@ -146,13 +166,19 @@ def pack_array(values: Any, kind: str) -> dict[str, Any]:
 def unpack_array(packed: dict[str, Any]) -> np.ndarray:
     """What the viewer makes of a packed array, for tests and for other readers."""
     raw = zlib.decompress(base64.b64decode(packed["data"]))
-    kinds = {"root8": np.uint8, "unit8": np.uint8, "unit16": "<u2", "uint16": "<u2", "float32": "<f4"}
+    kinds = {"root8": np.uint8, "unit8": np.uint8, "unit16": "<u2", "uint8": np.uint8, "uint16": "<u2", "float32": "<f4"}
     stored = np.frombuffer(raw, kinds[packed["kind"]]).reshape(packed["shape"])
     if packed["kind"] == "root8":
         return np.square(stored / np.float32(255))
     if packed["kind"] in ("unit8", "unit16"):
         return stored / np.float32(255 if packed["kind"] == "unit8" else 65535)
     return stored
+
+
+def _earlier(run: Run) -> int:
+    """How many positions belong to earlier turns of the conversation (and what stands before them); 0 in the first turn."""
+    begins = [at for at in range(run.prompt_length) if run.texts[at] == "<|im_user|>" and run.roles[at] == "special"]
+    return begins[-1] if len(begins) > 1 else 0
 
 
 def _attention(attention: np.ndarray, limit: int) -> tuple[tuple[np.ndarray, str], str]:
@@ -164,6 +190,19 @@ def _attention(attention: np.ndarray, limit: int) -> tuple[tuple[np.ndarray, str
         if smaller.size <= limit or 3 * len(pack_array(smaller, "root8")["data"]) <= 4 * limit:  # 4 letters a 3 bytes
             break
     return (smaller, "root8"), averaged
+
+
+def _segments(run: Run, words: list[int]) -> list[list[Any]]:
+    """[first word, last word, kind] of each sentence of the thought, as `analyses.cues` cuts and names them."""
+    number = {at: word for word, at in enumerate(words)}
+    return [[number[one.start], number[one.stop - 1], one.cue.kind] for one in segments(run)]
+
+
+def _by_weight(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(L_moe, N, K) experts of these positions, the one with the largest weight first; of equal ones the first chosen."""
+    at = np.asarray(positions, np.int64)
+    order = np.argsort(-run.weights[:, at].astype(np.float32), axis=-1, kind="stable")
+    return np.take_along_axis(run.chosen[:, at], order, -1)
 
 
 def _like(mass: np.ndarray, attention: np.ndarray) -> np.ndarray:

@@ -11,19 +11,25 @@ function kimiViewer(host, hands) {
   <div class="cols" data-tab="look">
     <section class="look" aria-label="Picture">
       <h2>Picture <i data-part="size"></i></h2>
-      <div class="controls" data-part="pictures" hidden></div>
+      <div class="thumbs" role="group" aria-label="Which picture is shown" data-part="pictures" hidden></div>
       <div class="stage"><canvas data-part="picture" tabindex="0" role="img"></canvas></div>
       <div class="later">
-        <div class="scale"><span>0</span><div class="bar" data-part="heat-bar"></div><span data-part="heat-top"></span></div>
+        <div class="scale" data-part="heat-scale"><span data-part="heat-low"></span><div class="bar" data-part="heat-bar"></div><span data-part="heat-top"></span></div>
+        <div class="key" data-part="expert-key" role="group" aria-label="Experts by colour" hidden></div>
+        <div class="controls"><div class="chips" role="group" aria-label="What the picture is painted with" data-part="maps"></div></div>
         <p class="note" data-part="heat-caption"></p>
+        <p class="note" aria-live="polite"><span data-part="map-note"></span> <button type="button" data-part="map-go" hidden>Compute it</button></p>
+        <p class="note" data-part="sink-note"></p>
         <div class="controls">
-          <label>Layer <select data-part="layer"></select></label><label>Head <select data-part="head"></select></label>
+          <label data-part="layer-label">Layer <select data-part="layer"></select></label><label data-part="head-label">Head <select data-part="head"></select></label>
+          <label data-part="eye-layer-label" hidden>Layer of MoonViT <select data-part="eye-layer"></select></label><label data-part="eye-head-label" hidden>Head <select data-part="eye-head"></select></label>
           <div class="pick" role="group" aria-label="How the picture is shown" data-part="views"></div>
         </div>
         <p class="note readout" data-part="readout" aria-live="polite"></p>
         <div class="parts" data-part="parts" aria-hidden="true"></div>
         <div class="legend" data-part="parts-legend"></div>
         <p class="say">Attention is where it read from, not why it answered. <span data-part="on-picture"></span></p>
+        <details class="guard"><summary>Formula, and how to read it</summary><div data-part="look-guard"></div></details>
         <details data-part="heat-table"><summary>Numbers as a table</summary><div class="scroll"></div></details>
       </div>
     </section>
@@ -31,6 +37,11 @@ function kimiViewer(host, hands) {
       <h2>Conversation <i class="later">click a word, or ← →</i></h2>
       <div class="strip" data-part="strip" role="listbox" aria-multiselectable="true" aria-label="Words of the conversation" tabindex="0"></div>
       <p class="note" data-part="note"></p>
+      <div class="later">
+        <p class="note" data-part="strip-note" aria-live="polite" hidden></p>
+        <div class="scale" data-part="strip-scale" hidden><span data-part="strip-low"></span><div class="bar" data-part="strip-bar"></div><span data-part="strip-top"></span></div>
+        <details data-part="looked-table" hidden><summary>Numbers as a table</summary><div class="scroll"></div></details>
+      </div>
       <div class="later">
         <div class="controls">
           <div class="pick" role="group" aria-label="Which moment is shown" data-part="sides"></div>
@@ -69,7 +80,7 @@ function kimiViewer(host, hands) {
   root.innerHTML = `<style>${CSS}</style>${SKELETON}`;
   const frame = root.querySelector(".kv");
   const part = (name) => root.querySelector(`[data-part="${name}"]`);
-  const state = { tab: "look", from: 0, to: 0, layer: "all", head: "all", tableLayer: 0, view: "heat", side: "write", picture: 0, token: null, expert: null };
+  const state = { tab: "look", from: 0, to: 0, layer: "all", head: "all", tableLayer: 0, view: "heat", map: "attention", routeMap: "experts", side: "write", picture: 0, token: null, patch: null, eyeLayer: "all", eyeHead: "all", expert: null };
   let run = null; // what `open` makes of a payload
   let finished = null; // the last payload of a run
   let latest = 0; // a slow decode must not overwrite a newer run
@@ -77,21 +88,26 @@ function kimiViewer(host, hands) {
   //@include helpers.js
   //@include arrays.js
   //@include numbers.js
+  //@include kinds.js
   //@include words.js
+  //@include maps.js
   //@include picture.js
   //@include along.js
   //@include experts.js
   //@include panels.js
+  //@include files.js
   //@panels
   buildTabs();
 
   // ---- everything ------------------------------------------------------------------------------------------------------
   function draw() {
     if (!run) return;
+    if (run.kind === "run") layOut();
     drawPicture();
     if (run.kind !== "run") return;
     for (const [name, key] of [["layer", "layer"], ["head", "head"]]) part(name).value = state[key];
-    for (const name of ["views", "sides"]) for (const button of part(name).children) button.setAttribute("aria-pressed", button.dataset.value === state[name === "views" ? "view" : "side"]);
+    for (const [name, value] of Object.entries({ views: state.view, sides: state.side, maps: chosenMap(), pictures: state.picture }))
+      for (const button of part(name).children) button.setAttribute("aria-pressed", button.dataset.value === String(value));
     part("head-bar").style.background = gradient();
     drawStrip();
     drawLooking();
@@ -129,11 +145,13 @@ function kimiViewer(host, hands) {
     part("head").disabled = run.averaged !== "";
     part("layer").disabled = run.averaged === "layers and heads";
     part("pictures").hidden = run.pictures.length < 2;
-    choices("pictures", run.pictures.map((_, i) => [i, `picture ${i + 1}`]), (i) => set({ picture: i, token: null }));
+    choices("pictures", run.pictures.map((_, i) => [i, ""]), (i) => set({ picture: i, token: null, patch: null }));
+    run.images.forEach((image, i) => part("pictures").children[i].append(thumb(image), make("span", "", `picture ${i + 1}`)));
   }
   function foot() {
     const { name, device, dtype, versions } = run.model;
     const parts = [`Weights: ${name}`, `on ${device === "cpu" ? "CPU" : device}${dtype ? `, ${dtype}` : ""}`, ...Object.entries(versions || {}).map(([k, v]) => `${k} ${v}`)];
+    if (run.edits?.length) parts.push(`answered under changes: ${run.edits.join("; ")}`);
     say("foot", parts.join(" · "));
   }
   function showProgress() {
@@ -142,8 +160,10 @@ function kimiViewer(host, hands) {
     const writing = run.answer ? "answer" : run.thought ? "thought" : "";
     for (const name of ["question", "thought", "answer"]) {
       const turn = make("div", `turn ${name}`), box = make("div", `plain${name === writing ? " caret" : ""}${run[name].length > 60 ? " long" : ""}`, run[name]);
+      if (name === "thought" && run.steps?.length) box.replaceChildren(...run.steps.map(([text, kind]) => inKind(text, kind)));
       turn.hidden = name !== "question" && !run[name];
       turn.append(make("span", "", name), box);
+      if (name === "thought" && run.steps?.length) turn.append(kindLegend(run.steps.map(([, kind]) => kind)));
       strip.append(turn);
     }
   }
@@ -163,7 +183,7 @@ function kimiViewer(host, hands) {
     part("note").hidden = !run.note;
     foot();
     if (run.kind === "run") {
-      Object.assign(state, { layer: "all", head: "all", side: "write", picture: 0, token: null, expert: null });
+      Object.assign(state, { layer: "all", head: "all", side: "write", picture: 0, token: null, patch: null, eyeLayer: "all", eyeHead: "all", expert: null });
       state.tableLayer = Math.min(state.tableLayer, run.model.moe_layers.length - 1);
       buildStrip();
       buildControls();
