@@ -137,7 +137,6 @@ def walk(model: KimiVL, chat: Chat, picture: Picture, question: str) -> Live:
             "E": config.text.n_routed_experts, "K": config.text.num_experts_per_tok, "W": config.text.vocab_size,
             "r": config.text.qk_rope_head_dim, "decoder": config.text.num_hidden_layers,
             "scale": config.text.routed_scaling_factor,
-            "whole": 2 * config.text.num_attention_heads * config.text.v_head_dim,
         },
     )  # fmt: skip
 

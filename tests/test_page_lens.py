@@ -63,7 +63,8 @@ def test_on_a_grey_picture_every_word_is_the_one_that_comes_without_a_picture(ti
         top = np.array(data["words"])[:, :, 0]
         assert top.shape == (len(data["layers"]), 4)
         assert (top == np.array(data["grey"])).all() == alike
-    assert data["words"] == logit_lens(tiny.model, tiny.chat, full, full.positions("image 0"), top=3)["words"].tolist()
+    expected = logit_lens(tiny.model, tiny.chat, full, full.positions("image 0").tolist(), top=3)
+    assert data["words"] == expected["words"].tolist()
     with pytest.raises(ValueError, match="no picture"):
         told(tiny, "patch_lens", recorded(), picture=0)
 
@@ -173,7 +174,7 @@ def test_words_on_patches_are_the_analysis_in_every_layer(visit, session, openin
     opened(visit)
     part(visit, "lens-patch-go").click()
     part(visit, "lens-patches").wait_for()
-    expected = logit_lens(session.model, session.chat, opening, opening.positions("image 0"), top=3)
+    expected = logit_lens(session.model, session.chat, opening, opening.positions("image 0").tolist(), top=3)
     drawn = []
     for stream in (1, len(expected["words"]) - 1):
         part(visit, "lens-layer").select_option(str(stream))
