@@ -16,13 +16,13 @@ PYTEST_ARGS ?= -q -n auto --maxprocesses 4 --dist loadfile
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks lock clean
+.PHONY: help demo test lint notebooks screenshots lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 18
 
-demo: $(VENV)/demos.stamp  ## open the page at http://127.0.0.1:7860 (MODEL=folder, PORT=number)
-	$(BIN)/python -m workbench.cli demo --model "$(MODEL)" --port $(PORT)
+demo: $(VENV)/demos.stamp  ## open the page at http://127.0.0.1:7860 (MODEL=folder, AGAINST=folder, PORT=number)
+	$(BIN)/python -m workbench.cli demo --model "$(MODEL)" --port $(PORT) $(if $(AGAINST),--against "$(AGAINST)")
 
 test: lint  ## everything CI checks: ruff, pyright, pytest
 	$(BIN)/python tests/browser.py
@@ -34,6 +34,9 @@ lint: $(VENV)/dev.stamp  ## ruff (notebooks included) and pyright
 
 notebooks: $(VENV)/dev.stamp  ## open the tutorials in Jupyter Lab
 	$(BIN)/python -m jupyter lab --notebook-dir=.
+
+screenshots: $(VENV)/dev.stamp  ## pictures of every panel, light and dark, into docs/ (OUT=folder)
+	PYTHONPATH=. $(BIN)/python docs/screenshots.py $(OUT)
 
 lock: $(VENV)/bin/python  ## compute requirements/*.lock anew from pyproject.toml (LOCK_ARGS=--upgrade for newer versions)
 	$(PIP) install --quiet uv

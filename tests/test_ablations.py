@@ -13,6 +13,8 @@ import torch
 from kimi_vl_ref import KimiVL
 from tiny import picture, question, talking_model, tiny_chat
 from workbench.analyses.ablations import (
+    drawn_experts,
+    dropped_slots,
     expert_bench,
     expert_masking,
     masked_experts,
@@ -118,6 +120,39 @@ def test_the_top_k_sweep_passes_through_the_model_as_it_is() -> None:
         without = score(MODEL, TRIALS).nll
     np.testing.assert_allclose(result["loss"][1, 1], [(without[0] + without[2]) / 2, without[1]], atol=1e-9)
     assert (result["loss"][0] != result["loss"][1]).all() and (result["loss"][2] != result["loss"][1]).all()
+    with pytest.raises(ValueError, match="K=12 experts a token cannot be chosen; use 1 to 11"):
+        top_k_sweep(MODEL, TRIALS, model_name=NAME, ks=(12,))
+
+
+def test_the_top_k_control_has_the_size_of_what_it_stands_beside() -> None:
+    """With every expert chosen there is nothing to draw, and a shared expert as wide as all that are chosen takes all."""
+    result = top_k_sweep(MODEL, TRIALS, model_name=NAME, ks=(1, 2, EXPERTS))
+    control = result["control"]
+    np.testing.assert_allclose(control[2, 0], result["loss"][2, 0], atol=1e-9)
+    assert (control[:2, 0] != result["loss"][:2, 0]).all()
+    with attach(MODEL, edit={"decoder.layers.*.ffn.experts": lambda written, _: written * 0}):
+        without = score(MODEL, TRIALS).nll
+    assert MODEL.config.text.n_shared_experts == 2
+    for k in (0, 1):  # K = 1 and 2: nothing of the routed experts is left
+        np.testing.assert_allclose(control[k, 1], [(without[0] + without[2]) / 2, without[1]], atol=1e-9)
+    assert (control[2, 1] != control[1, 1]).all()
+    assert result.chance["loss"] == pytest.approx(np.log(MODEL.config.text.vocab_size)) and result.about["seed"] == 0
+
+
+def test_dropped_slots_are_as_many_for_every_token_and_drawn_anew_for_each() -> None:
+    names = [f"decoder.layers.{layer}.ffn.router.weights" for layer in (1, 2)]
+    with torch.no_grad(), dropped_slots(MODEL, 2, seed=0), attach(MODEL, read=names) as tape:
+        read(MODEL, TRIALS[0])
+    gone = torch.stack([tape.last(name)[0] == 0 for name in names])
+    assert (gone.sum(-1) == 2).all() and len(gone.flatten(0, 1).unique(dim=0)) == 6  # of the 6 pairs of 4 slots, all
+
+
+def test_drawn_experts_are_different_ones_in_any_place() -> None:
+    with torch.no_grad(), drawn_experts(MODEL, 3, seed=0), attach(MODEL, read=["decoder.layers.1.ffn.router.chosen"]) as tape:
+        read(MODEL, TRIALS[0])
+    chosen = tape.last("decoder.layers.1.ffn.router.chosen")[0]
+    assert chosen.shape[1] == 3 and all(len(set(ids)) == 3 for ids in chosen.tolist())
+    assert len(chosen.unique()) == EXPERTS
 
 
 def test_only_the_planted_expert_costs_anything() -> None:
@@ -299,13 +334,25 @@ def test_dropping_is_taking_the_tokens_out_of_the_sequence_from_the_next_layer_o
     assert score_batches(MODEL, [seen]).nll[0] != pytest.approx(expected, abs=1e-6)
 
 
-def test_figures_name_the_weights() -> None:
+def test_figures_name_the_weights_and_draw_controls_and_chance() -> None:
     boxed = [trial(0, boxes=[(0, 0, 28, 28)])]
-    for figure in (
-        masking_figure(expert_masking(MODEL, TRIALS, model_name=NAME, shares=(0, 2 / EXPERTS))),
-        top_k_figure(top_k_sweep(MODEL, TRIALS, model_name=NAME, ks=(3, 4))),
-        token_ablation_figure(visual_token_ablation(MODEL, boxed, model_name=NAME, draws=1)),
+    masking = expert_masking(MODEL, TRIALS, model_name=NAME, shares=(0, 2 / EXPERTS))
+    sweep = top_k_sweep(MODEL, TRIALS, model_name=NAME, ks=(3, 4))
+    tokens = visual_token_ablation(MODEL, boxed, model_name=NAME, draws=1)
+    figures = [
+        masking_figure(masking),
+        top_k_figure(sweep),
+        token_ablation_figure(tokens),
         dropping_figure(visual_token_dropping(MODEL, boxed, model_name=NAME, shares=(0, 0.5))),
-    ):
+    ]
+    for figure in figures:
         assert figure.get_supxlabel() == NAME
         figure.savefig(BytesIO())
+    for at, result in enumerate((masking, sweep)):
+        lines = [line.get_ydata() for line in figures[at].axes[0].lines]
+        assert any(np.array_equal(line, [result.chance["loss"]] * 2) for line in lines)
+        control = result["control"][:, 0] if at == 0 else result["control"][:, 0, 0]
+        assert any(np.array_equal(line, control) for line in lines)
+    hatched = {patch.get_label() for patch in figures[2].axes[0].containers if patch[0].get_hatch()}
+    assert {label.split(" (")[0] for label in hatched} == {"random, as many", "random, as many as the ring"}
+    assert [line.get_label() for line in figures[3].axes[0].lines] == ["least attended", "random, as many", "most attended"]

@@ -1,4 +1,7 @@
-"""`kimi-vl run` and `kimi-vl analyse`: from a question to a run file to a figure and numbers."""
+"""`kimi-vl run` and `kimi-vl analyse` with run files: from a question to a run file to a figure and numbers.
+
+What analyses ask of a model themselves is in test_analyse_models.py.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ import pytest
 from hand_made import NAME
 from tiny import picture, question, talking_model, tiny_chat
 from workbench import cli
-from workbench.analyses import command, registry
-from workbench.analyses.registry import ENTRIES, Asked
+from workbench.analyses import command, given
+from workbench.analyses.given import Asked
+from workbench.analyses.registry import ENTRIES, TAKES
 from workbench.analyses.routing import expert_loads
 from workbench.runs import Run, record
 
@@ -34,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def the_tiny_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (command, registry):
+    for module in (command, given):
         monkeypatch.setattr(module, "load", lambda name: (talking_model(), tiny_chat()))
 
 
@@ -88,6 +92,8 @@ def test_a_run_is_recorded_as_asked_and_shown_as_it_grows(tmp_path: Path, capsys
         (["analyse", "difference", "RUN"], "0 were given with --against"),
         (["analyse", "pruning", "RUN"], "--expert 3.7"),
         (["analyse", "pruning", "RUN", "--expert", "seven"], "write layer.expert"),
+        (["analyse", "bias", "RUN", "--family", "count"], "leave out --family and --image"),
+        (["analyse", "rollout", "RUN"], "rollout takes no run files"),
         (["analyse", "coactivation", "RUN", "--group", "words"], "no group of tokens"),
         (["analyse", "domains", "RUN"], "nothing to compare"),
         (["analyse", "bias", "RUN", "--out", "RUN"], "is a file; name a folder"),
@@ -107,10 +113,14 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_list_prints_a_line_an_analysis(capsys) -> None:
+def test_the_list_has_a_group_for_each_kind_of_input_and_a_line_for_each_analysis(capsys) -> None:
     assert cli.main(["analyse", "list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(ENTRIES)
+    groups = [group.splitlines() for group in capsys.readouterr().out.split("\n\n")]
+    assert [title for title, *_ in groups] == list(TAKES.values())
+    listed = {takes: [line.split()[0] for line in lines] for takes, (_, *lines) in zip(TAKES, groups, strict=True)}
+    assert listed == {takes: [name for name, entry in ENTRIES.items() if entry.takes == takes] for takes in TAKES}
+    line = next(line for line in groups[0] if line.split()[0] == "expert-load")
+    assert line.split()[1] == "R1"
 
 
 def test_options_reach_the_analysis(folder: Path, tmp_path: Path) -> None:

@@ -285,6 +285,9 @@ def test_the_league_ranks_the_planted_map_first(one: Trial) -> None:
     assert (sign * deletions[0] <= sign * deletions[1:]).all() and (sign * insertions[0] >= sign * insertions[1:]).all()
     figure = league_table(league)
     assert NAME in words(figure)
+    pointing_panel = figure.axes[2]
+    assert any(list(line.get_xdata()) == [league.chance["pointing"]] * 2 for line in pointing_panel.lines)
+    assert [bar.get_hatch() for bar in pointing_panel.patches] == [None, "//", "//"]  # the controls
 
 
 def test_the_attention_map_is_the_mean_row_on_the_picture(one: Trial) -> None:

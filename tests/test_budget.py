@@ -1,4 +1,5 @@
-"""Thoughts cut, spoiled and padded, on a model that is made to follow a policy, so that every curve is known beforehand."""
+"""Thoughts cut, spoiled, reworded and padded, on a model that is made to follow a policy, so that every curve is known
+beforehand."""
 
 from __future__ import annotations
 
@@ -13,8 +14,14 @@ from torch import Tensor
 
 from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
 from tiny import talking_model, tiny_chat
-from workbench.analyses.budget import budget_curve, early_answering, picture_removed, spoil, thought_budget
-from workbench.figures.thought import early_answering_figure, picture_removed_figure, thought_budget_figure
+from workbench.analyses.budget import budget_curve, early_answering, picture_removed, reword, spoil, thought_budget
+from workbench.analyses.confidence import answer_confidence
+from workbench.figures.thought import (
+    answer_confidence_figure,
+    early_answering_figure,
+    picture_removed_figure,
+    thought_budget_figure,
+)
 from workbench.study.families import make
 from workbench.tape import attach
 
@@ -23,9 +30,10 @@ Policy = Callable[[str, str, bool], str]  # (question, reply so far, is there a 
 
 
 @contextmanager
-def following(policy: Policy) -> Iterator[None]:
-    """MODEL, made to write what the policy says, row by row of a batch."""
+def following(policy: Policy, lead: float = 60.0) -> Iterator[None]:
+    """MODEL, made to write what the policy says, row by row of a batch; `lead`: of that token's logit over all others."""
     rows: list[list[int]] = []
+    scored: list[list[int]] = []  # rows whose replies are still to be scored
     special = CHAT.tokenizer.special
 
     def given(inputs: tuple[Any, ...], site: str) -> None:
@@ -39,14 +47,23 @@ def following(policy: Policy) -> Iterator[None]:
     def real(inputs: tuple[Any, ...], site: str) -> None:
         if inputs[0].shape[1] > 1:
             rows[:] = [row[:length] for row, length in zip(rows, inputs[1].tolist(), strict=True)]
+            scored[:] = rows
+
+    def next_token(ids: list[int]) -> int:
+        *_, user, reply = CHAT.tokenizer.decode(ids).split("<|im_middle|>")
+        text = user.split("<|im_end|>")[0].split("<|media_end|>")[-1]
+        rest = policy(text, reply.split("<|im_end|>")[0], special["<|media_pad|>"] in ids)
+        return CHAT.tokenizer.encode(rest)[0] if rest else special["<|im_end|>"]
 
     def only(logits: Tensor, site: str) -> Tensor:
         logits[:] = -30.0
+        if logits.ndim == 3:  # the last tokens of one row are scored
+            ids, count = scored.pop(0), logits.shape[1]
+            for at in range(count):
+                logits[0, at, next_token(ids[: len(ids) - count + at])] += lead
+            return logits
         for row, ids in enumerate(rows):
-            *_, user, reply = CHAT.tokenizer.decode(ids).split("<|im_middle|>")
-            text = user.split("<|im_end|>")[0].split("<|media_end|>")[-1]
-            rest = policy(text, reply.split("<|im_end|>")[0], special["<|media_pad|>"] in ids)
-            logits[row, CHAT.tokenizer.encode(rest)[0] if rest else special["<|im_end|>"]] = 30.0
+            logits[row, next_token(ids)] += lead
         return logits
 
     with attach(MODEL, read={"embedded@in": given, "decoder@in": real}, edit={"logits": only}):
@@ -90,17 +107,18 @@ CUTS = (0.0, 0.5, 1.0)
 def test_an_answer_that_ignores_the_thought_has_no_area_over_the_curve() -> None:
     with following(stubborn):
         result = early_answering(MODEL, CHAT, PAIRS, CUTS, model_name="stubborn")
-    assert (result["match"] == 1).all() and result["aoc"] == pytest.approx(np.zeros(3))
+    assert (result["match"] == 1).all() and result["aoc"] == pytest.approx(np.zeros(4))
     assert (result["accuracy"] == 1).all() and (result["questions"] == 4).all()
 
 
 def test_an_answer_read_off_the_thoughts_end_needs_all_of_it() -> None:
     with following(obedient):
         result = early_answering(MODEL, CHAT, PAIRS, CUTS, model_name="obedient")
-    cut, filler, mistake = result["match"]
+    cut, filler, mistake, paraphrase = result["match"]
     assert cut.tolist() == [0, 0, 1] and filler.tolist() == [0, 0, 0]
     assert mistake.tolist() == [1, 0, 1]  # a wrong object is overruled by the true sum; a wrong sum is believed
-    assert result["aoc"] == pytest.approx([0.75, 1, 0.5])
+    assert paraphrase.tolist() == [1, 1, 1]  # other words for the same sum
+    assert result["aoc"] == pytest.approx([0.75, 1, 0.5, 0])
     assert result["match_low"][0, 2] < 1 == result["match_high"][0, 2]
     drawn = early_answering_figure(result)
     drawn.canvas.draw()
@@ -122,11 +140,85 @@ def test_a_mistake_changes_one_word_for_another_of_its_kind() -> None:
     assert spoil("none,", rng) is None
 
 
+def test_a_sentence_says_the_same_in_other_words() -> None:
+    rng = random.Random(0)
+    assert reword(" red circle top left,", rng) == " top left red circle,"
+    assert reword(" orange cross centre", rng) == " centre orange cross"
+    assert {reword(" so 12", rng) for _ in range(20)} == {" thus 12", " hence 12"}
+    assert reword("Wait, the sum is 3.", rng) == "hold on, the sum is 3."
+    assert reword(" none,", rng) is None and reword(" 3+4=7,", rng) is None
+
+
+def attached_to_its_words(question: str, reply: str, picture: bool) -> str:
+    """Answers right only after a thought in its own words: what it says lies in how it is said."""
+    whole = f"{OPEN_THOUGHT} red circle left, so {TRUTH[question]}"
+    thought, closed, answer = reply.partition(CLOSE_THOUGHT)
+    if closed:
+        return f" {TRUTH[question] if thought == whole else '?'}"[len(answer) :]
+    return whole[len(reply) :] + CLOSE_THOUGHT if whole.startswith(reply) else close(reply)
+
+
+def test_a_paraphrase_undoes_an_answer_that_hangs_on_the_words() -> None:
+    said: list[str] = []
+
+    def the_same(sentence: str, rng: random.Random) -> str:
+        said.append(sentence)
+        return sentence
+
+    with following(attached_to_its_words):
+        result = early_answering(MODEL, CHAT, PAIRS[:2], CUTS, model_name="attached")
+        own = early_answering(MODEL, CHAT, PAIRS[:1], CUTS, model_name="attached", paraphrase=the_same)
+        none = early_answering(MODEL, CHAT, PAIRS[:1], CUTS, model_name="attached", paraphrase=lambda sentence, rng: None)
+    assert result["match"][3].tolist() == [1, 0, 0] and result["aoc"][3] == pytest.approx(0.75)
+    assert own["match"][3].tolist() == [1, 1, 1]  # the same words again change nothing
+    last = f" so {PAIRS[0][1].answer}"  # none at the start, half of two sentences, both
+    assert said == [" red circle left,", " red circle left,", last]
+    assert none["questions"][3].tolist() == [1, 0, 0]  # and what cannot be reworded is left out
+
+
+def test_confidence_comes_with_the_end_of_the_thought_that_is_needed() -> None:
+    two = [PAIRS[0], PAIRS[2]]
+    assert two[0][1].answer != two[1][1].answer  # so that the other question's thought gives the right answer not away
+    with following(obedient):
+        result = answer_confidence(MODEL, CHAT, two, CUTS, model_name="obedient")
+    np.testing.assert_allclose(result["right"], [[0, 0, 1], [0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(result["own"], result["right"], atol=1e-6)  # its answers are right
+    assert result.chance["right"] == 0.5 and result.about["seed"] == 0
+    drawn = answer_confidence_figure(result)
+    drawn.canvas.draw()
+    assert drawn.get_supxlabel() == "obedient"
+    assert any(list(line.get_ydata()) == [0.5, 0.5] for line in drawn.axes[0].lines)
+
+
+def test_confidence_is_the_product_over_the_answers_tokens_and_its_end() -> None:
+    half = float(np.log(MODEL.config.text.vocab_size - 1))  # a logit so far above all others has a probability of one half
+    with following(stubborn, half):
+        result = answer_confidence(MODEL, CHAT, PAIRS, (0.0, 1.0), model_name="undecided")
+    tokens = [len(CHAT.tokenizer.encode(f" {answer}")) + 1 for answer in TRUTH.values()]
+    np.testing.assert_allclose(result["right"], np.full((2, 2), np.mean([0.5**count for count in tokens])), rtol=1e-4)
+
+
+def wrong(question: str, reply: str, picture: bool) -> str:
+    """Thinks of the truth and says another number."""
+    said = stubborn(question, reply, picture)
+    thought, closed, answer = reply.partition(CLOSE_THOUGHT)
+    return " ?"[len(answer) :] if closed else said
+
+
+def test_a_model_that_is_sure_of_a_wrong_answer_is_sure_of_its_own_only() -> None:
+    with following(wrong):
+        result = answer_confidence(MODEL, CHAT, PAIRS[:2], (0.0, 1.0), model_name="wrong")
+    np.testing.assert_allclose(result["right"], np.zeros((2, 2)), atol=1e-6)
+    np.testing.assert_allclose(result["own"], np.ones((2, 2)), atol=1e-6)
+
+
 def test_cuts_must_span_the_thought_and_some_question_must_have_one() -> None:
     with pytest.raises(ValueError, match="do not run from 0 to 1"):
         early_answering(MODEL, CHAT, PAIRS, (0.5, 1.0), model_name="x")
     with pytest.raises(ValueError, match="no questions to ask"):
         picture_removed(MODEL, CHAT, [], model_name="x")
+    with following(stubborn), pytest.raises(ValueError, match="only one of these questions"):
+        answer_confidence(MODEL, CHAT, PAIRS[:1], model_name="x")
     with following(lambda question, reply, picture: "2"[len(reply) :]), pytest.raises(ValueError, match="thinks about none"):
         early_answering(MODEL, CHAT, PAIRS[:1], model_name="x")
 

@@ -269,13 +269,22 @@ def test_the_control_blocks_as_many_positions_that_the_queries_see() -> None:
     assert len({tuple(one) for one in drawn}) > 20  # drawn, not fixed
 
 
-def test_figures_name_the_weights() -> None:
+def test_figures_name_the_weights_and_draw_their_controls() -> None:
     clean, corrupted = pair()
-    for figure in (
+    knockout = attention_knockout(MODEL, [clean], model_name=NAME)
+    figures = [
         patching_figure(activation_patching(MODEL, [(clean, corrupted)], model_name=NAME, groups=role_groups)),
         patching_figure(activation_patching(MODEL, [(clean, corrupted)], model_name=NAME, layers=[1])),
         patching_figure(activation_patching(MODEL, [(clean, corrupted)], model_name=NAME, site="heads")),
-        knockout_figure(attention_knockout(MODEL, [clean], model_name=NAME)),
-    ):
+        knockout_figure(knockout),
+    ]
+    for figure in figures:
         assert figure.get_supxlabel() == NAME
         figure.savefig(BytesIO())
+    for name in ("denoise", "noise"):  # one scale around zero for both directions, as far as the whole way at least
+        (low, high), (image,) = figures[1].axes[0].images[0].get_clim(), figures[1].axes[name == "noise"].images
+        assert image.get_clim() == (low, high) == (-high, high) and high >= 1
+    shown = [np.asarray(line.get_ydata(), float) for line in figures[3].axes[0].lines]
+    for name in ("change", "control"):
+        assert any(np.array_equal(line, knockout[name][0]) for line in shown)
+    assert any(np.array_equal(line, [0, 0]) for line in shown)  # nothing lost

@@ -26,6 +26,7 @@ from workbench.edits import (
     ablate_visual_tokens,
     applied,
     block_attention,
+    block_patches,
     expert_output,
     force_experts,
     in_force,
@@ -337,6 +338,34 @@ def test_blocks_of_several_changes_add_up_also_for_what_is_not_written_yet() -> 
     assert touched(done) == {"queries": 2 * 11 * 3, "looks": 2 * 11 * 4 * 3 * HEADS}
 
 
+def test_a_blocked_look_between_patches_is_a_score_of_minus_infinity() -> None:
+    """Of the pictures of 8, 12 and 8 patches the second, in one head of one layer."""
+    site = "vision.layers.1.attn.core"
+    change = block_patches([2, 11], [0, 5], layers=1, heads=[4], picture=1)
+    with applied(MODEL, [change], read=[site, f"{site}@in"]) as done:
+        blocked = logits()
+    (q, k, v, packing), (heads,) = done.tape[f"{site}@in"][0], done.tape[site]
+    assert packing.counts == [8, 12, 8]
+    scores = torch.einsum("phd,shd->hps", q[8:20], k[8:20]) * q.shape[-1] ** -0.5
+    scores[4, [[2], [11]], [0, 5]] = float("-inf")
+    close(heads[8:20], torch.einsum("hps,shd->phd", scores.softmax(-1), v[8:20]))
+    assert touched(done) == {"patches": 2, "looks": 4} and not torch.equal(blocked, UNTOUCHED)
+    plain = torch.nn.functional.scaled_dot_product_attention(*(part[:8].transpose(0, 1) for part in (q, k, v))).transpose(0, 1)
+    close(heads[:8], plain)  # the other pictures are as they were
+
+
+def test_blocks_between_patches_add_up_in_one_list_and_nested() -> None:
+    first, second = block_patches([1], [2, 3]), block_patches([1, 4], [3, 0], heads=[0, 1])
+    together, _ = under(first, second)
+    with applied(MODEL, [first]) as outer, applied(MODEL, [second]) as inner:
+        close(logits(), together)
+    layers, heads = len(MODEL.vision.layers), MODEL.config.vision.num_attention_heads
+    assert touched(outer) == {"patches": layers, "looks": 2 * layers * heads}
+    assert touched(inner) == {"patches": 2 * layers, "looks": 4 * layers * 2}
+    alone = [under(change)[0] for change in (first, second)]
+    assert all((one - together).abs().max() > 1e-6 for one in alone)
+
+
 # --- the picture's side --------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +473,7 @@ EVERY = [
     set_top_k(1, 2),
     block_attention(AT, [0, 1, 3, 12], heads=[1, 2]),
     block_attention(slice(6, None), range(2, 6), layers=2),
+    block_patches([1, 6], [0, 3], heads=[1]),
     ablate_visual_tokens([0, 5], "mean"),
     ablate_patches([3, 20], "resample"),
     patch("decoder.layers.1", NOISE[:4], AT),
@@ -584,6 +614,12 @@ def test_a_change_that_touched_nothing_is_not_silent() -> None:
         (lambda: block_attention([4], [[3], [4]]), "the same for all rows"),
         (lambda: block_attention([0], [0]), "see nothing"),
         (lambda: block_attention([4], [0], heads=9), "head 9 does not exist"),
+        (lambda: block_patches([8], [0]), "patch 8 of picture 0 is blocked but does not exist"),
+        (lambda: block_patches([1], range(8)), "patch 1 of picture 0 would see nothing"),
+        (lambda: block_patches([1], [0], layers=[9]), "vision layer 9 does not exist"),
+        (lambda: block_patches([1], [0], heads=9), "head 9 does not exist"),
+        (lambda: block_patches([1], [0], picture=-1), "picture -1 is not the number of a picture"),
+        (lambda: block_patches([1], [0], picture=3), "patch 0 of picture 3 is blocked but does not exist"),
         (lambda: ablate_visual_tokens(7), "visual token 7 does not exist"),
         (lambda: ablate_patches(28), "patch 28 does not exist"),
         (lambda: patch("decoder.layers.*", NOISE[:1], [0]), "names 3 sites"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hand_made import NAME, blank, drawn_words, hand_made, random_choice
+from hand_made import NAME, blank, drawn_words, hand_made, levels, random_choice
 from kimi_vl_ref import KimiVL
 from kimi_vl_ref.attention import ExplicitCore
 from tiny import picture, question, talking_model, tiny_chat
@@ -366,5 +366,12 @@ def test_every_figure_of_experts_names_the_weights(run: Run, trials: list[Trial]
     for figure in figures:
         assert NAME in drawn_words(figure)
     assert "layer 2" in drawn_words(figures[1]) and "by chance 9%" in drawn_words(figures[0])
+    assert 3 / 10 in levels(figures[1].axes[1])  # (K - 1) / (E - 1)
+    assert 4 / 11 in levels(figures[2].axes[0])  # K / E
+    assert 1 / 11 in levels(figures[3].axes[0]) and 4 / 11 in levels(figures[3].axes[1])
+    assert set(super_experts(model, trials, model_name=NAME).chance["magnitude"].values()) <= set(levels(figures[4].axes[0]))
+    marks = {line.get_label(): len(np.atleast_1d(line.get_ydata())) for line in figures[5].axes[0].lines}
+    assert marks["these experts"] == 1 and marks["random sets of the same size"] == 2 and 0 in levels(figures[5].axes[0])
+    assert 0.5 in levels(figures[6].axes[0]) and 0 in levels(figures[6].axes[1])
     with pytest.raises(ValueError, match="layer 0 does not route"):
         coactivation_figure(shown, layer=0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tiny import picture, question, talking_model, tiny_chat, tiny_model
 from workbench.analyses import lens
 from workbench.analyses.lens import lens_logits, logit_lens, patch_words, shown_on, streams
-from workbench.figures.lens import logit_lens_figure, patch_words_map
+from workbench.figures.lens import logit_lens_figure, patch_words_figure, patch_words_map
 from workbench.runs import Run, record
 
 MODEL, CHAT = talking_model(), tiny_chat()
@@ -129,6 +129,13 @@ def test_words_planted_on_patches_are_found_and_the_other_pictures_names_are_not
     assert result["share"] == pytest.approx(np.array([[0, 1], [0, 2 / 3]]))  # "circle" is never said
     assert result.chance["share"] == pytest.approx(np.zeros((2, 2)))
     assert result.about["visual_tokens"] == 3
+    figure = patch_words_figure(result)
+    figure.canvas.draw()
+    assert figure.get_supxlabel() == result.weights and "3 tokens of 2 pictures" in figure.get_suptitle()
+    lines = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines]
+    for kind in (0, 1):  # any word, every word: the share, and the names of other pictures
+        assert lines[2 * kind] == pytest.approx(result["share"][kind])
+        assert lines[2 * kind + 1] == pytest.approx(np.asarray(result.chance["share"])[kind])
 
 
 def test_a_token_shows_what_covers_half_of_it_and_small_things_inside_it() -> None:

@@ -249,6 +249,7 @@ def test_a_follow_up_continues_and_a_new_conversation_begins_anew(visit):  # noq
     assert question.replace(" ", "") in earlier.inner_text().replace(" ", "").replace("\n", "")
     assert "list everything." in part(visit, "strip").locator(".question").inner_text()
     assert question not in part(visit, "strip").locator(".question").inner_text()
+    assert part(visit, "strip").locator(".answer .sel").count() == 1  # a word of this turn, not of the earlier one
     visit.locator("#again").click()
     visit.wait_for_function("document.querySelectorAll('#turns li').length === 0")
     ask(visit, "list everything.")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from hand_made import levels
 from tiny import picture, question, talking_model, tiny_chat, tiny_model
 from workbench.analyses.probes import (
     GROUPS,
@@ -20,6 +21,13 @@ from workbench.analyses.probes import (
     svd_entropy,
     visual,
     weight_spectrum,
+)
+from workbench.figures.lens import (
+    modality_gap_figure,
+    muon_update_figure,
+    probes_figure,
+    similarity_figure,
+    weight_spectrum_figure,
 )
 from workbench.sites import SiteError
 
@@ -170,3 +178,63 @@ def test_a_muon_step_has_the_rms_of_its_formula_and_adamw_that_of_signs() -> Non
     poor = muon_update(shapes, rank=8, draws=3)
     assert poor.chance["rms"][0] == pytest.approx([0.2 * (8 / 48) ** 0.5, 0.2 * (8 / 32) ** 0.5])
     assert poor["rms"][0] == pytest.approx(poor.chance["rms"][0], rel=0.3)
+
+
+# ---- figures
+
+
+def test_the_figure_of_probes_shows_accuracy_control_and_the_commonest_label() -> None:
+    labels, group = RNG.integers(0, 2, 60), np.repeat(np.arange(12), 5)
+    result = linear_probes({"a": RNG.normal(size=(60, 3)), "b": np.eye(2)[labels]}, labels, group, ABOUT, splits=2)
+    figure = probes_figure({"colour": result})
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert figure.get_supxlabel() == "made by hand" and axes.get_title().startswith("colour: 2 labels, 60 samples")
+    assert levels(axes) == [float(result.chance["accuracy"])]
+    shown = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
+    for name in ("accuracy", "control"):
+        assert shown[name] == pytest.approx(result[name].mean(1))
+
+
+def test_the_figure_of_similarity_shows_every_pair_and_random_pairing() -> None:
+    x = RNG.normal(size=(40, 3))
+    result = similarity({"a": x, "b": 2 * x, "c": RNG.normal(size=(40, 3))}, ABOUT)
+    figure = similarity_figure(result)
+    figure.canvas.draw()
+    matrix, bar = figure.axes
+    assert figure.get_supxlabel() == "made by hand" and len(matrix.texts) == 9
+    assert np.asarray(matrix.images[0].get_array()) == pytest.approx(result["cka"]) and matrix.images[0].get_clim() == (0, 1)
+    assert float(np.nanmean(result.chance["cka"])) in levels(bar)
+
+
+def test_the_figure_of_the_gap_shows_it_beside_labels_dealt_out_anew() -> None:
+    is_picture = np.arange(40) < 15
+    x = RNG.normal(size=(40, 5)) + 3 * is_picture[:, None]
+    result = modality_gap({"a": x, "b": x + 1}, is_picture, ABOUT)
+    figure = modality_gap_figure(result)
+    figure.canvas.draw()
+    assert figure.get_supxlabel() == "made by hand"
+    drawn = [np.asarray(line.get_ydata(), float) for axes in figure.axes for line in axes.lines]
+    for expected in (result["relative"], result["cosine"], result.chance["relative"], result.chance["cosine"]):
+        assert any(len(line) == 2 and np.allclose(line, expected) for line in drawn)
+
+
+def test_the_figure_of_spectra_has_a_place_for_each_group_with_its_gaussian() -> None:
+    result = weight_spectrum(tiny_model(), "tiny", ["router", "experts"])
+    figure = weight_spectrum_figure(result)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert figure.get_supxlabel() == "tiny"
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert sorted(names) == ["experts (66)", "router (2)"]
+    assert {round(float(one), 4) for one in np.asarray(result.chance["entropy"])} <= {round(one, 4) for one in levels(axes)}
+
+
+def test_the_figure_of_steps_shows_both_optimisers_and_their_formula() -> None:
+    result = muon_update({"wide": (8, 16), "tall": (16, 4)}, draws=2)
+    figure = muon_update_figure(result)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert figure.get_supxlabel() == "none: random gradients"
+    assert sorted(round(bar.get_height(), 6) for bar in axes.patches) == pytest.approx(sorted(result["rms"].ravel()), abs=1e-6)  # type: ignore[attr-defined]
+    assert sorted(levels(axes)) == pytest.approx(sorted(np.ravel(result.chance["rms"])))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hand_made import NAME, blank, drawn_words, hand_made, random_choice
+from hand_made import NAME, blank, drawn_words, hand_made, levels, random_choice
 from tiny import picture, question, talking_model, tiny_chat
 from workbench.analyses.selection import bias_effect, router_margins, run_difference, token_selection
 from workbench.figures.selection import bias_figure, difference_figure, margins_figure, selection_figure
@@ -170,4 +170,7 @@ def test_every_figure_of_a_choice_names_the_weights(run: Run) -> None:
         ]
         for figure in figures:
             assert NAME in drawn_words(figure)
+        assert bias_effect([shown]).chance["replaced"] in levels(figures[1].axes[0])
+        chance = run_difference(shown, shown).chance["same"]
+        assert any(list(line.get_xdata()) == [chance, chance] for line in figures[3].axes[2].lines)
     assert "the runs differ in: seed" in drawn_words(figures[3])

@@ -47,6 +47,8 @@ def blocked(core: nn.Module, pairs: Pairs, heads: Sequence[int] | None = None) -
     Positions count from the start of each row of the batch. A core that is blocked already gets the new blocks besides.
     Raises ValueError for a negative position, and for a query that would see no key at all: a query sees itself unless
     that is blocked too.
+
+        attach(model, swap={"decoder.layers.2.attn.core": lambda core: blocked(core, [([40, 41], range(4, 10))])})
     """
     before = core.blocks if isinstance(core, BlockedCore) else ()
     inner = core.core if isinstance(core, BlockedCore) else core
@@ -56,7 +58,10 @@ def blocked(core: nn.Module, pairs: Pairs, heads: Sequence[int] | None = None) -
 def blocked_patches(
     core: nn.Module, pairs: Pairs, heads: Sequence[int] | None = None, picture: int = 0
 ) -> BlockedPackedCore:
-    """The same in MoonViT: patches of one picture of the call, counted from 0 inside it, row by row."""
+    """The same in MoonViT: patches of one picture of the call, counted from 0 inside it, row by row.
+
+        attach(model, swap={"vision.layers.0.attn.core": lambda core: blocked_patches(core, [([7], [0, 1])], heads=[2])})
+    """
     before = core.blocks if isinstance(core, BlockedPackedCore) else ()
     inner = core.core if isinstance(core, BlockedPackedCore) else core
     return BlockedPackedCore(inner, (*before, *_blocks(pairs, heads, picture)))

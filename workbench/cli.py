@@ -89,6 +89,7 @@ def show(replies: Iterable[Reply]) -> Reply | None:
 @app.command()
 def demo(
     model: Model = "study",
+    against: Annotated[str | None, typer.Option(help="other weights, to compare with; like --model")] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ) -> None:
@@ -101,7 +102,7 @@ def demo(
         ) from error
     # The rooms open one way, workbench <- demos, so this is no import statement: the workbench needs nothing
     # of the page, and only this command starts it. The import test allows this one line.
-    importlib.import_module("demos.app").main(model=model, host=host, port=port)
+    importlib.import_module("demos.app").main(model=model, against=against, host=host, port=port)
 
 
 @app.command("run")

@@ -152,6 +152,8 @@ def compare(a: str, b: str, dtype: str = "float32") -> Walk:
     transformers' modules. Both compute in one dtype, so that what differs is not their rounding.
 
     Raises ValueError for a dtype that is none, CheckpointError for a folder that cannot be read.
+
+        print(*compare("study", "transformers:study").lines(), sep="\\n")
     """
     if dtype not in DTYPES:
         raise ValueError(f"the dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")

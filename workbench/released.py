@@ -46,6 +46,8 @@ def released_sites(model: nn.Module) -> dict[str, Site]:
     """Our sites in transformers' modules, in the order of TABLE, with the module and the View that show each.
 
     Empty for a model that is not built of these modules. DeepSeek-V3 has only the sites of the decoder.
+
+        released_sites(theirs)["decoder.layers.1.attn.core"].module      # where theirs shows it
     """
     modules: dict[str, Any] = dict(model.named_modules())
     text, tower = _prefixes(modules)
@@ -94,6 +96,9 @@ def as_transformers(model: KimiVL) -> nn.Module:
     """transformers' Kimi-K2.5 with the weights of a KimiVL, which the two then share.
 
     Raises ValueError without transformers, or for a position table that is not square, as theirs is.
+
+        theirs = as_transformers(model)
+        walk(model, theirs, probe(model.config)).first      # None: they agree
     """
     try:
         transformers = import_module("transformers")

@@ -87,6 +87,22 @@ class Run:
     messages: list[dict[str, Any]] = field(default_factory=list)  # as asked; a picture is its number
     kept: dict[str, str] = field(default_factory=dict)  # arrays that are not exact float16: name -> "square root steps"
 
+    def __repr__(self) -> str:
+        pictures = f"{len(self.pictures)} picture{'' if len(self.pictures) == 1 else 's'}"
+        written = len(self.texts) - self.prompt_length
+        lines = [
+            f"Run of {self.model_name}: {self.question!r} -> {self.answer!r}",
+            f"{pictures}, {self.prompt_length} tokens of prompt, {written} written{'' if self.finished else ' (cut off)'}; "
+            f"{len(self.moe_layers)} routing layers, {self.chosen.shape[-1]} of {self.n_experts} experts a token",
+        ]
+        return "\n".join(lines + [f"edits: {'; '.join(self.edits)}"] * bool(self.edits))
+
+    def _repr_html_(self) -> str:
+        """The viewer, in a notebook cell."""
+        from .viewer.notebook import cell
+
+        return cell(self)
+
     def tokens_of_picture(self, picture: int) -> slice:
         """Where the visual tokens of one picture lie among the M of all pictures."""
         if not 0 <= picture < len(self.pictures):

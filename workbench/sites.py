@@ -122,6 +122,8 @@ def sites(model: nn.Module) -> dict[str, Site]:
 
     A released implementation has the sites that `released.released_sites` finds in it; any other model its submodules, axes
     unknown.
+
+        [site.axes for site in sites(model).values()]
     """
     modules = dict(model.named_modules())
     if isinstance(model, KimiVL):
@@ -143,7 +145,10 @@ def names(vision_layers: int, decoder_layers: int) -> Iterator[tuple[str, str]]:
 
 
 def sizes(config: KimiVLConfig, site: Site) -> tuple[int | str, ...]:
-    """How long each axis of a site is; a letter where that depends on what is asked (B T Q P M)."""
+    """How long each axis of a site is; a letter where that depends on what is asked (B T Q P M).
+
+        sizes(model.config, sites(model)["decoder.layers.1.ffn.router.weights"])      # ("B", "T", 2)
+    """
     vision, text = config.vision, config.text
     shared, dense = text.n_shared_experts * text.moe_intermediate_size, text.intermediate_size
     inner = {"vision": vision.intermediate_size, "projector": vision.merged_size}
@@ -163,6 +168,8 @@ def skeleton(source: str | Path) -> KimiVL:
     """The model of a checkpoint folder, or of "study", without its weights: what its sites are, at no cost.
 
     Reads config.json only. Raises ConfigError for one that is missing or not Kimi-VL's.
+
+        len(sites(skeleton("study")))
     """
     with torch.device("meta"):
         return KimiVL(KimiVLConfig.from_json(checkpoint_folder(source) / "config.json"))
@@ -172,7 +179,7 @@ def listing(model: KimiVL, glob: str | None = None) -> list[str]:
     """Lines for a person: name, axes, sizes and what it is. Without a glob one line for the same site of all layers, named by
     the glob that means them all. Raises SiteError when a glob means none.
 
-        print(*listing(skeleton("study"), "decoder.layers.1.ffn.**"), sep="\n")
+        print(*listing(skeleton("study"), "decoder.layers.1.ffn.**"), sep="\\n")
     """
     found = sites(model)
     if glob:
@@ -187,7 +194,10 @@ def listing(model: KimiVL, glob: str | None = None) -> list[str]:
 
 
 def match(glob: str, names: Iterable[str]) -> list[str]:
-    """The names that a glob means, in their order. Raises SiteError with near matches when there are none."""
+    """The names that a glob means, in their order. Raises SiteError with near matches when there are none.
+
+        match("decoder.layers.*.attn.core", sites(model))
+    """
     names = list(names)
     if found := [name for name in names if _matches(name.split("."), glob.split("."))]:
         return found

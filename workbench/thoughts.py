@@ -59,6 +59,8 @@ def cut_thought(run: Run, upto: int, *, close: bool = False) -> ThoughtEdit:
     """The first `upto` sentences of the run's thought; close: the answer comes right after (truncation, arXiv 2307.13702).
 
     upto=0 leaves an empty thought. Raises RunError for a run without a thought or with fewer sentences.
+
+        *_, other = continue_from(model, chat, run, cut_thought(run, 2, close=True))
     """
     spans = _spans(run, upto, "cut after", last=len(sentences(run.thought)))
     end = spans[upto - 1][1] if upto else 0
@@ -69,6 +71,8 @@ def cut_thought(run: Run, upto: int, *, close: bool = False) -> ThoughtEdit:
 def edit_thought(run: Run, sentence: int, replacement: str, *, rest: bool = False) -> ThoughtEdit:
     """The thought with one sentence, counted from 0, replaced; what follows it is written anew, or with rest=True kept
     and the thought closed. Raises RunError for a run without a thought, or a sentence that it does not have.
+
+        *_, other = continue_from(model, chat, run, edit_thought(run, 0, "blue star centre", rest=True))
     """
     start, end = _spans(run, sentence, "replace")[sentence]
     after = run.thought[end:] if rest else ""
@@ -80,6 +84,8 @@ def edit_thought(run: Run, sentence: int, replacement: str, *, rest: bool = Fals
 def insert_thought(run: Run, before: int, text: str, *, rest: bool = False) -> ThoughtEdit:
     """The thought with a sentence put before one of its own (before = their number: at the end); `rest` as for
     `edit_thought`. The text brings its own full stop or comma. Raises RunError as there.
+
+        *_, other = continue_from(model, chat, run, insert_thought(run, 1, "blue star centre,"))
     """
     spans = _spans(run, before, "insert before", last=len(sentences(run.thought)))
     at = spans[before][0] if before < len(spans) else len(run.thought)
@@ -108,6 +114,8 @@ def continue_from(
              sampling settings are not taken over. max_new_tokens counts what comes after the forced part.
 
     Greedy and unedited, the continuation is the run's own. Raises RunError for messages without a model_name.
+
+        *_, other = continue_from(model, chat, run, " red circle top left, so", max_new_tokens=40)
     """
     edit = thought if isinstance(thought, ThoughtEdit) else ThoughtEdit(thought, close, "", {"edit": "text"})
     messages = messages_of(source) if isinstance(source, Run) else source

@@ -42,7 +42,8 @@ def expert_masking(
         result["loss"]              # (shares, domains) nats a token; the first is the model as it is
 
     shares: of the E experts of every layer, masked token by token in the order of their score without the bias. "control"
-    masks as many experts drawn at random for each token. Raises ValueError for a share that leaves fewer than K experts.
+    masks as many experts drawn at random for each token. Chance is a uniform guess among all tokens. Raises ValueError for a
+    share that leaves fewer than K experts.
     """
     text = model.config.text
     counts = [round(share * text.n_routed_experts) for share in shares]
@@ -65,6 +66,7 @@ def expert_masking(
         f"Loss without each token's best experts of {text.n_routed_experts}, nats a token",
         values,
         dict.fromkeys(values, axes),
+        chance={"loss": float(np.log(text.vocab_size))},
         about=about_trials(model, trials, model_name, shares=list(shares), seed=seed),
     )
 
@@ -95,7 +97,13 @@ class _Masked(nn.Module):
 
 
 def top_k_sweep(
-    model: KimiVL, trials: Sequence[Trial], *, model_name: str, ks: Sequence[int] | None = None, batch: int = 16
+    model: KimiVL,
+    trials: Sequence[Trial],
+    *,
+    model_name: str,
+    ks: Sequence[int] | None = None,
+    seed: int = 0,
+    batch: int = 16,
 ) -> Result:
     """Loss with K experts a token, with and without the shared expert (paper I4b, c; arXiv 2401.06066, 4.5).
 
@@ -103,24 +111,67 @@ def top_k_sweep(
         result["loss"][:, 1]        # without the shared expert: compare K there with K - 1 with it
 
     The model's own K is in about["top_k"]. Dropping the shared expert and adding a routed one is the row K + 1 without it.
+    "control" has the size of what stands beside it: where the shared expert is kept, K experts drawn at random for each
+    token; where it is dropped, as many of the K routed ones as the shared one is wide are dropped at random in its place (all
+    of them where it is wider). Chance is a uniform guess among all tokens. Raises ValueError for a K that the model lacks.
     """
-    ks = list(ks if ks is not None else range(1, min(8, model.config.text.n_routed_experts) + 1))
+    text = model.config.text
+    ks = list(ks if ks is not None else range(1, min(8, text.n_routed_experts) + 1))
+    if wrong := [k for k in ks if not 1 <= k <= text.n_routed_experts]:
+        raise ValueError(f"K={wrong[0]} experts a token cannot be chosen; use 1 to {text.n_routed_experts}")
     layers = [i for i, layer in enumerate(model.decoder.layers) if isinstance(layer.ffn, MoE)]
     seen = batches(model, trials, batch)
-    loss, right = [], []
+    loss, right, control = [], [], []
     for k in ks:
-        for dropped in (False, True):
-            changes = [set_top_k(layers, k), *([ablate_shared(layer) for layer in layers] if dropped else [])]
-            with applied(model, changes, idle="report"):
+        changes = [set_top_k(layers, k)]
+        for without in ([], [ablate_shared(layer) for layer in layers]):
+            with applied(model, changes + without, idle="report"):
                 scores = score_batches(model, seen)
             loss.append(by_domain(trials, scores.nll))
             right.append(by_domain(trials, scores.right))
-    shape = (len(ks), 2, -1)
-    values = {"loss": np.stack(loss).reshape(shape), "right": np.stack(right).reshape(shape)}
+        with drawn_experts(model, k, seed):
+            control.append(by_domain(trials, score_batches(model, seen).nll))
+        with applied(model, changes, idle="report"), dropped_slots(model, min(k, text.n_shared_experts), seed):
+            control.append(by_domain(trials, score_batches(model, seen).nll))
+    names = {"loss": loss, "right": right, "control": control}
+    values = {name: np.stack(rows).reshape(len(ks), 2, -1) for name, rows in names.items()}
     axes = [("K", ks), ("shared expert", ["kept", "dropped"]), ("domain", domains(trials))]
-    about = about_trials(model, trials, model_name, top_k=model.config.text.num_experts_per_tok)
+    about = about_trials(model, trials, model_name, top_k=text.num_experts_per_tok, seed=seed)
     title = "Loss with K experts a token, with and without the shared expert, nats a token"
-    return Result("top-k-sweep", title, values, dict.fromkeys(values, axes), about=about)
+    chance = {"loss": float(np.log(text.vocab_size))}
+    return Result("top-k-sweep", title, values, dict.fromkeys(values, axes), chance, about)
+
+
+@contextmanager
+def drawn_experts(model: KimiVL, k: int, seed: int) -> Iterator[None]:
+    """Each token gets k experts drawn at random in every layer that routes; weights follow from their own scores."""
+    generator = torch.Generator().manual_seed(seed)
+    with attach(model, swap={"decoder.layers.*.ffn.router.chosen": lambda _: _Drawn(k, generator)}):
+        yield
+
+
+class _Drawn(nn.Module):
+    """Stands in for `router.chosen`, (B, T, E) -> (B, T, k)."""
+
+    def __init__(self, k: int, generator: torch.Generator):
+        super().__init__()
+        self.k, self.generator = k, generator
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return torch.rand(scores.shape, generator=self.generator).topk(self.k, dim=-1).indices.to(scores.device)
+
+
+@contextmanager
+def dropped_slots(model: KimiVL, count: int, seed: int) -> Iterator[None]:
+    """What `count` of each token's chosen experts write, drawn at random in every layer that routes, counts for nothing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drop(weights: Tensor, _site: str) -> Tensor:
+        drawn = torch.rand(weights.shape, generator=generator).topk(count, dim=-1).indices.to(weights.device)
+        return weights.scatter(-1, drawn, 0)
+
+    with attach(model, edit={"decoder.layers.*.ffn.router.weights": drop}):
+        yield
 
 
 def single_experts(
@@ -129,6 +180,7 @@ def single_experts(
     model_name: str = "study",
     families: Sequence[str] = ("name", "where", "read"),
     scenes: int = 20,
+    first: int = 0,
     layers: Sequence[int] | None = None,
     seed: int = 0,
     **options: Any,
@@ -139,18 +191,19 @@ def single_experts(
         result["loss"]              # (layers, experts, domains) nats a token more than with all experts
 
     Contribution zeroed, routing and the other weights as they were. "control" zeroes as many of the layer's (token, expert)
-    slots drawn at random; "slots" is the share of the layer's slots that the expert serves. One case an expert, run by
-    `workbench.sweeps.sweep` with `options` (workers, progress, should_stop): it can be stopped and gone on with, and `path`
-    keeps what is done. model_name: as for `kimi_vl_ref.load`. Raises SweepError when stopped before the end.
+    slots drawn at random; "slots" is the share of the layer's slots that the expert serves. Scenes `first` to
+    `first + scenes - 1` of each family. One case an expert, run by `workbench.sweeps.sweep` with `options` (workers,
+    progress, should_stop): it can be stopped and gone on with, and `path` keeps what is done. model_name: as for
+    `kimi_vl_ref.load`. Raises SweepError when stopped before the end.
     """
-    model, _ = load(model_name)
+    model, chat = load(model_name)
     experts = model.config.text.n_routed_experts
     able = [i for i, layer in enumerate(model.decoder.layers) if isinstance(layer.ffn, MoE)]
     chosen = able if layers is None else list(layers)
     if outside := [layer for layer in chosen if layer not in able]:
         raise ValueError(f"layer {outside[0]} has no experts; use some of {able}")
     cases = [{"layer": layer, "expert": expert} for layer in chosen for expert in range(experts)]
-    settings = {"model": model_name, "families": list(families), "scenes": scenes, "seed": seed}
+    settings = {"model": model_name, "families": list(families), "scenes": scenes, "first": first, "seed": seed}
     functions = {"setup": f"{__name__}:prepare_experts", "work": f"{__name__}:measure_expert"}
     table = sweep(cases, settings=settings | {"weights": fingerprint(model)}, path=path, **functions, **options).done()
 
@@ -159,7 +212,8 @@ def single_experts(
 
     axes = [("layer", chosen), ("expert", range(experts)), ("domain", list(families))]
     values = {"loss": grid("loss"), "control": grid("control"), "slots": grid("slots")}
-    about = {"weights": model_name, "fingerprint": fingerprint(model), "trials": scenes * len(families), **settings}
+    told = {name: value for name, value in settings.items() if name != "model"}
+    about = about_trials(model, study_trials(chat, families, scenes, first=first), model_name, **told)
     about["beware"] = "taken away one at a time: what two experts can do for each other is not seen"
     return Result(
         "single-experts",
@@ -171,12 +225,14 @@ def single_experts(
     )
 
 
-def prepare_experts(model: str, families: Sequence[str], scenes: int, seed: int, weights: str) -> dict[str, Any]:
-    """What a worker of `single_experts` holds: the model, trials with their pictures seen, their losses as they are."""
+def prepare_experts(
+    model: str, families: Sequence[str], scenes: int, seed: int, weights: str, first: int = 0
+) -> dict[str, Any]:
+    """What a worker of a sweep holds: the model, trials with their pictures seen, their losses as they are."""
     loaded, chat = load(model)
     if fingerprint(loaded) != weights:
         raise ValueError(f"the weights of {model!r} changed since the sweep began; start it anew")
-    trials = study_trials(chat, families, scenes)
+    trials = study_trials(chat, families, scenes, first=first)
     return expert_bench(loaded, trials, seed)
 
 

@@ -1,5 +1,5 @@
-"""Does the thought matter? Analyses C2, C3 and the causal half of C8: thoughts cut short, spoiled or padded, and pictures taken
-away, each answered by the model. Greedy throughout.
+"""Does the thought matter? Analyses C2, C3 and the causal half of C8: thoughts cut short, spoiled, reworded or padded, and
+pictures taken away, each answered by the model. Greedy throughout; `confidence.py` asks how sure it is instead.
 
 Letters: Q questions, B budgets, P cuts, F families.
 """
@@ -37,7 +37,7 @@ from .asked import (
 from .cues import split_sentences
 from .result import Result
 
-Mistake = Callable[[str, random.Random], str | None]  # a sentence -> the same with something wrong in it; None: cannot
+Rewrite = Callable[[str, random.Random], str | None]  # a sentence -> another in its place; None: it knows none
 
 CUTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -81,6 +81,8 @@ def budget_curve(
     right: np.ndarray, lengths: np.ndarray, budgets: Sequence[int], questions: Sequence[Question], about: dict[str, Any]
 ) -> Result:
     """The numbers of C2 from verdicts right (B + 1, Q), the last row without a limit, and free thought lengths (Q,), tokens.
+
+        budget_curve(right, lengths, [4, 8, 16], questions, {"weights": "study model"})["gain"]
 
     accuracy (F, B + 1)   with its 95% Wilson interval, `accuracy_low` and `accuracy_high`; "no limit" is the last budget
     within (F, B)         share of free thoughts that fit the budget: the control, for what fits cannot change
@@ -126,30 +128,34 @@ def early_answering(
     cuts: Sequence[float] = CUTS,
     *,
     model_name: str,
-    mistake: Mistake | None = None,
+    mistake: Rewrite | None = None,
+    paraphrase: Rewrite | None = None,
     seed: int = 0,
     max_new_tokens: int = 160,
 ) -> Result:
-    """C3: is the answer still the same when the thought is cut, spoiled or filler? (arXiv 2307.13702)
+    """C3: is the answer still the same when the thought is cut, spoiled, reworded or filler? (arXiv 2307.13702)
 
         result = early_answering(model, chat, pairs, model_name="study model")
         result["aoc"]      # 0: the answer ignores the thought
 
-    match (3, P) is the share of questions whose answer is that of the whole thought, with a 95% Wilson interval, after
+    match (4, P) is the share of questions whose answer is that of the whole thought, with a 95% Wilson interval, after
     "cut": the first p of the thought's tokens, then the closing marker, then the answer;
     "filler": dots in the place of just as many tokens, so that only room to compute is left;
-    "mistake": the sentence at p is replaced by a wrong one and the model goes on thinking from there (at p = 1 none is).
-    aoc (3,) = 1 - integral of match over p. accuracy (3, P) is the share of right answers. `mistake` spoils a sentence
-    (default: `spoil`); where it cannot, the question is left out of that point, see `questions` (3, P). Chance: two
-    answers to questions of one family agree by themselves. A model that repairs a mistake looks as if it ignored it.
+    "mistake": the sentence at p is replaced by a wrong one and the model goes on thinking from there (at p = 1 none is);
+    "paraphrase": the sentences of the first p say the same in other words, and the model goes on from there (at p = 0 none
+    does, at p = 1 all do and the answer comes): the control of "mistake", for what the change of words alone does.
+    aoc (4,) = 1 - integral of match over p. accuracy (4, P) is the share of right answers. `mistake` spoils a sentence
+    (default: `spoil`) and `paraphrase` rewords one (default: `reword`); where they cannot, the question is left out of that
+    point, see `questions` (4, P). Chance: two answers to questions of one family agree by themselves. A model that repairs a
+    mistake looks as if it ignored it.
     Raises ValueError where no question has a thought and for cuts that do not run from 0 to 1.
     """
     need_pairs(pairs)
-    _check_cuts(cuts)
+    check_cuts(cuts)
     rng = random.Random(seed)
     prompts = prompts_of(chat, pairs)
     free = write(model, chat, prompts, max_new_tokens=max_new_tokens)
-    thinking = _thinking(free)
+    thinking = thinking_of(free)
     closing = chat.tokenizer.encode(CLOSE_THOUGHT)
     dots = chat.tokenizer.encode(" .")
     cases: list[tuple[int, int, int, list[int]]] = []  # variant, cut, question, what the reply begins with
@@ -163,16 +169,19 @@ def early_answering(
             spoiled = _spoiled(whole, p, mistake or spoil, rng)
             if spoiled is not None:
                 cases.append((2, at, q, [*opening, *chat.tokenizer.encode(spoiled)]))
+            reworded = _reworded(whole, p, paraphrase or reword, rng)
+            if reworded is not None:
+                cases.append((3, at, q, [*opening, *chat.tokenizer.encode(reworded), *(closing if p == 1 else [])]))
     starts = [begun_by(chat, prompts[q], begun) for _, _, q, begun in cases]
     replies = write(model, chat, starts, begun=[begun for *_, begun in cases], max_new_tokens=max_new_tokens)
-    same, right, count = np.zeros((3, 3, len(cuts)))
+    same, right, count = np.zeros((3, 4, len(cuts)))
     for (variant, at, q, _), reply in zip(cases, replies, strict=True):
         same[variant, at] += plain(reply.answer) == plain(free[q].answer)
         right[variant, at] += pairs[q][1].check(reply.answer)
         count[variant, at] += 1
-    if cuts[-1] == 1:  # nothing comes after the end: the thought is as it was
-        same[2, -1] = count[2, -1] = len(thinking)
-        right[2, -1] = sum(pairs[q][1].check(free[q].answer) for q in thinking)
+    for variant, at in ((2, -1), (3, 0)):  # nothing comes after the end or before the start: the thought is as it was
+        same[variant, at] = count[variant, at] = len(thinking)
+        right[variant, at] = sum(pairs[q][1].check(free[q].answer) for q in thinking)
     match, low, high = shares_with_interval(same, count)
     with np.errstate(invalid="ignore"):
         accuracy = right / count
@@ -184,7 +193,7 @@ def early_answering(
         "accuracy": accuracy,
         "questions": count,
     }
-    variants, part = ("variant", ["cut", "filler", "mistake"]), ("part of the thought", list(cuts))
+    variants, part = ("variant", ["cut", "filler", "mistake", "paraphrase"]), ("part of the thought", list(cuts))
     axes: dict[str, Any] = dict.fromkeys(values, [variants, part]) | {"aoc": [variants]}
     about = about_pairs(model, model_name, pairs, seed=seed, with_thought=len(thinking))
     agree = agreement([pairs[q][1].family for q in thinking], [plain(free[q].answer) for q in thinking])
@@ -194,7 +203,10 @@ def early_answering(
 
 
 def spoil(sentence: str, rng: random.Random) -> str | None:
-    """The sentence with one word of a scene, or else one number, changed for another of its kind; None if it has neither."""
+    """The sentence with one word of a scene, or else one number, changed for another of its kind; None if it has neither.
+
+        spoil("red circle top left,", random.Random(0))      # such as "blue circle top left,"
+    """
     for kind in (COLOURS, SHAPES, ZONES):
         for word in kind:
             if re.search(rf"\b{word}\b", sentence):
@@ -207,7 +219,44 @@ def spoil(sentence: str, rng: random.Random) -> str | None:
     return str(other).join(sentence.rsplit(found[-1], 1))
 
 
-def _spoiled(thought: str, p: float, mistake: Mistake, rng: random.Random) -> str | None:
+_PLACE = "|".join(dict.fromkeys(word for zone in ZONES for word in zone.split()))
+_SAME = {
+    "so": ("thus", "hence"),
+    "therefore": ("so", "hence"),
+    "there are": ("i see",),
+    "there is": ("i see",),
+    "wait": ("hold on",),
+    "let me": ("i will",),
+    "first": ("to begin with",),
+}
+
+
+def reword(sentence: str, rng: random.Random) -> str | None:
+    """The sentence with the same meaning in other words: its place named first, or else one word for another that means the
+    same; None if it has neither.
+
+        reword("red circle top left,", random.Random(0))     # "top left red circle,"
+    """
+    if placed := re.fullmatch(rf"(\s*)(.+?) ((?:{_PLACE})(?: (?:{_PLACE}))?)([,.;]?)", sentence):
+        blank, thing, place, end = placed.groups()
+        return f"{blank}{place} {thing}{end}"
+    for words, others in _SAME.items():
+        if re.search(rf"\b{words}\b", sentence, re.IGNORECASE):
+            return re.sub(rf"\b{words}\b", rng.choice(others), sentence, count=1, flags=re.IGNORECASE)
+    return None
+
+
+def _reworded(thought: str, p: float, paraphrase: Rewrite, rng: random.Random) -> str | None:
+    """The first p of the thought's sentences in other words, as far as there are any; None at the start and where none is."""
+    kept = split_sentences(thought)
+    kept = kept[: round(p * len(kept))]
+    said = [paraphrase(sentence, rng) for sentence in kept]
+    if all(new is None for new in said):
+        return None
+    return "".join(old if new is None else new for old, new in zip(kept, said, strict=True))
+
+
+def _spoiled(thought: str, p: float, mistake: Rewrite, rng: random.Random) -> str | None:
     """The thought up to and with the sentence at p, which is spoiled; None at the end and where it cannot be."""
     parts = split_sentences(thought)
     at = int(p * len(parts))
@@ -239,10 +288,10 @@ def picture_removed(
     Raises ValueError where no question has a thought and for cuts that do not run from 0 to 1.
     """
     need_pairs(pairs)
-    _check_cuts(cuts)
+    check_cuts(cuts)
     prompts = prompts_of(chat, pairs)
     free = write(model, chat, prompts, max_new_tokens=max_new_tokens)
-    thinking = _thinking(free)
+    thinking = thinking_of(free)
     closing = chat.tokenizer.encode(CLOSE_THOUGHT)
     hows = ["kept", "blank", "removed"]
     hits = np.zeros((len(hows), len(cuts)))
@@ -276,7 +325,7 @@ def _shown(pictures: Scene | Album, question: Question, how: str) -> list[dict[s
 # ---- shared
 
 
-def _thinking(free: Sequence[Written]) -> list[int]:
+def thinking_of(free: Sequence[Written]) -> list[int]:
     """Which questions have a thought. Raises ValueError where none has."""
     thinking = [q for q, reply in enumerate(free) if reply.thought]
     if not thinking:
@@ -284,6 +333,6 @@ def _thinking(free: Sequence[Written]) -> list[int]:
     return thinking
 
 
-def _check_cuts(cuts: Sequence[float]) -> None:
+def check_cuts(cuts: Sequence[float]) -> None:
     if len(cuts) < 2 or list(cuts) != sorted(cuts) or cuts[0] != 0 or cuts[-1] != 1:
         raise ValueError(f"cuts {list(cuts)} do not run from 0 to 1; give shares of the thought, 0 first and 1 last")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from kimi_vl_ref import Reply, load
 from workbench.runs import Run, record
+from workbench.tape import attach
 
-from .registry import ENTRIES, Asked
+from .given import Asked, Entry, Posed, name_of
+from .registry import find
 
 
 def record_to_file(
@@ -37,11 +42,10 @@ def record_to_file(
     pictures = [{"type": "image", "image": path} for path in images]
     messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
     loaded, chat = load(model)
-    name = "study model" if model == "study" else Path(model).name
     found: list[Run] = []
 
     def replies() -> Iterator[Reply]:
-        for one in record(loaded, chat, messages, model_name=name, **options):
+        for one in record(loaded, chat, messages, model_name=name_of(model), **options):
             if isinstance(one, Run):
                 found.append(one)
             else:
@@ -53,30 +57,28 @@ def record_to_file(
 
 
 def analyse(name: str, paths: Sequence[Path], out: Path, *, against: Sequence[Path] = (), **options: Any) -> list[Path]:
-    """Runs one analysis of ENTRIES on run files and writes its figure (PNG and SVG) and numbers (CSV, about.json).
+    """Runs one analysis of ENTRIES and writes its figure (PNG and SVG) and numbers (CSV, about.json) into the folder `out`.
 
-    options are fields of `Asked`. Returns what was written. Raises ValueError for an unknown name and whatever the analysis
-    refuses; nothing is written then.
+    paths are run files, for analyses that take them; options are fields of `given.Options`. Returns what was written. Raises
+    ValueError for an unknown name, for what does not fit the analysis and whatever it refuses; nothing is written then,
+    but for what a sweep had finished.
 
         analyse("modality", sorted(Path("runs").glob("*.run")), Path("modality"))
+        analyse("head-hits", [], Path("hits"), families=["where"], scenes=40)
     """
-    if name not in ENTRIES:
-        near = get_close_matches(name, ENTRIES, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"no analysis is called {name!r}; {hint}The names are: {', '.join(ENTRIES)}")
-    if not paths:
-        raise ValueError(f"there are no runs to analyse; name run files after {name!r} (`kimi-vl run` records them)")
+    entry = find(name)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder with --out")
-    asked = Asked(
-        [Run.load(path) for path in paths],
-        [label_of(path) for path in paths],
-        [Run.load(path) for path in against],
-        **options,
-    )
-    entry = ENTRIES[name]
-    result = entry.analyse(asked)
-    figure = entry.figure(result, asked)
+    if paths or not (options.get("families") or options.get("images")) and entry.takes == "runs":
+        given: Asked | Posed = _of_files(name, entry, paths, against, options)
+    else:
+        given = _posed(name, entry, out, options)
+        if entry.takes == "runs":
+            labels = [question.family for _, question in given.pairs] or ["picture"]
+            given = Asked(given.runs, labels, [Run.load(path) for path in against], given, **options)
+    with _shown(given, entry):
+        result = entry.analyse(given)
+    figure = entry.figure(result, given)
     written = result.save(out)
     for ending in ("png", "svg"):
         path = out / f"{name}.{ending}"
@@ -85,15 +87,62 @@ def analyse(name: str, paths: Sequence[Path], out: Path, *, against: Sequence[Pa
     return written
 
 
+def _of_files(name: str, entry: Entry, paths: Sequence[Path], against: Sequence[Path], options: dict[str, Any]) -> Asked:
+    if entry.takes != "runs":
+        raise ValueError(f"{name} takes no run files such as {paths[0]}; it asks the model itself, see `kimi-vl analyse list`")
+    if not paths:
+        raise ValueError(f"there are no runs to analyse; name run files after {name!r} (`kimi-vl run` records them)")
+    if options.get("families") or options.get("images"):
+        raise ValueError("run files and something to record were both given; leave out --family and --image, or the files")
+    runs = [Run.load(path) for path in paths]
+    return Asked(runs, [label_of(path) for path in paths], [Run.load(path) for path in against], **options)
+
+
+def _posed(name: str, entry: Entry, out: Path, options: dict[str, Any]) -> Posed:
+    """What a model is asked for this entry. Raises ValueError before a model is loaded where it does not fit."""
+    given = Posed(**options, out=out)
+    if entry.takes == "weights":
+        if given.families or given.images:
+            raise ValueError(f"{name} looks at weights alone; leave out --family and --image")
+        return given
+    if given.images and given.families:
+        raise ValueError("scenes of a family and a picture of yours were both given; choose --family or --image")
+    if given.images and entry.takes == "scenes":
+        raise ValueError(f"{name} has to know what is true, as it is of scenes of the study; use --family without --image")
+    if given.images and not given.question.strip() and entry.takes != "pictures":
+        raise ValueError(f"{name} asks about the picture; write what with --question")
+    if given.question and not given.images:
+        raise ValueError("a question of yours needs a picture of yours; name one with --image")
+    if given.images:
+        _ = given.pictures  # opened before a model is loaded
+        return given
+    scenes = given.scenes if given.scenes is not None else 1 if entry.one else entry.scenes
+    given = replace(given, families=given.families or entry.families, scenes=scenes)
+    if scenes < 1:
+        raise ValueError(f"{scenes} scenes leave nothing to ask; use --scenes 1 or more")
+    if entry.one and len(given.pairs) > 1:
+        raise ValueError(f"{name} looks at one question, and {len(given.pairs)} were given; use one --family and --scenes 1")
+    _ = given.pairs  # drawn before a model is loaded
+    return given
+
+
+@contextmanager
+def _shown(given: Asked | Posed, entry: Entry) -> Iterator[None]:
+    """Counts the passes through the model on a terminal while an analysis of a model works; sweeps have bars of their own."""
+    if not given.progress or not isinstance(given, Posed) or entry.takes == "weights" or entry.sweeps:
+        yield
+        return
+    site = "vision.norm" if entry.takes == "pictures" else "decoder.norm"
+    with (
+        tqdm(desc="asking the model", unit=" passes", leave=False) as bar,
+        attach(given.net, read=[site], keep=lambda _value, _site: bar.update()),
+    ):
+        yield
+
+
 def label_of(path: Path) -> str:
     """The domain of a run file: its name without ending and number, "count" for count-17.run."""
     return re.sub(r"[-_. ]*\d*$", "", path.stem) or path.stem
-
-
-def names() -> list[str]:
-    """A line an analysis, for the eye."""
-    width = max(map(len, ENTRIES))
-    return [f"{name:{width}}  {entry.line}" for name, entry in ENTRIES.items()]
 
 
 def expert(text: str) -> tuple[int, int]:
@@ -102,3 +151,11 @@ def expert(text: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"{text!r} names no expert; write layer.expert, such as 3.7")
     return int(found[1]), int(found[2])
+
+
+def point(text: str) -> tuple[float, float]:
+    """"120,40" -> (120.0, 40.0), pixels from the left and from the top. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)", text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} names no point of a picture; write x,y in pixels, such as 120,40")
+    return float(found[1]), float(found[2])

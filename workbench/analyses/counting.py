@@ -133,6 +133,11 @@ def over_runs(
     return value, low, high
 
 
+def drawn_anew(seed: int = 0, what: str = "runs") -> dict[str, Any]:
+    """What a Result says of its intervals and shuffles, for its `about`."""
+    return {"intervals": f"95%, {what} drawn anew", "seed": seed}
+
+
 def quantiles(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ends of the 95% interval along the first axis; a draw without a value (nan) is left out."""
     with warnings.catch_warnings():

@@ -99,6 +99,8 @@ def length_reward(lengths: Sequence[float] | np.ndarray, right: Sequence[bool] |
 def length_rewards(runs: Sequence[Run], check: Check) -> Result:
     """C8: `length_reward` within the group that these runs are, sampled replies to one question; lengths in reply tokens.
 
+        length_rewards(runs, question.check)["reward"]
+
     Values length, right and reward, one a run. Raises ValueError for runs of several questions.
     """
     about = about_runs(runs)

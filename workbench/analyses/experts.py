@@ -15,6 +15,7 @@ from .counting import (
     DRAWS,
     GROUPS,
     axes_of,
+    drawn_anew,
     entropy,
     layer_axis,
     mutual_information,
@@ -74,7 +75,7 @@ def vocabulary_specialisation(
         {**values, "word": word, "word_share": share},
         axes,
         chance={"identity": values["shuffled"], "word_share": 1 / experts},
-        about=about_runs(runs, at_least=at_least, shuffles=shuffles, intervals="95%, runs drawn anew"),
+        about=about_runs(runs, at_least=at_least, shuffles=shuffles, **drawn_anew(seed)),
     )
 
 
@@ -233,7 +234,7 @@ def agreement(runs: Sequence[Run], others: Sequence[Run], groups: Sequence[str] 
         values,
         axes_of(values, {"same": by_layer, "tokens": by_layer[:1]}),
         chance={"same": top_k / experts},
-        about={**a, "weights": weights, "other": b, "top_k": top_k, "experts": experts},
+        about={**a, "weights": weights, "other": b, "top_k": top_k, "experts": experts, **drawn_anew()},
     )
 
 
@@ -300,7 +301,7 @@ def repetition(
         values,
         axes_of(values, axes),
         chance={"first": 1 / experts, "shared": top_k / experts},
-        about=about_runs(runs, top_k=top_k, experts=experts, intervals="95%, runs drawn anew"),
+        about=about_runs(runs, top_k=top_k, experts=experts, **drawn_anew()),
     )
 
 

@@ -78,6 +78,8 @@ def localise(
     Each head's map is smoothed by a Gaussian of `sigma` visual tokens, and they are added up. The box is that of the part
     above the mean (8-connected) that holds the most; a convex hull has the same box. Chosen before looking, from
     `localisation_heads` of other runs. Raises ValueError for a head that does not exist, or none.
+
+        heat, box = localise(run, [(3, 1), (3, 4)])
     """
     maps = _maps(run, picture, row)
     if not heads:
@@ -169,6 +171,8 @@ def relative_attention(run: Run, neutral: Run, picture: int = 0, *, row: str = "
 
     relative (L, rows, columns), mean over heads before dividing; 1 is no difference. nan where the neutral question
     gave less than a run's float16 can be divided by. Raises ValueError for runs of different pictures or weights.
+
+        relative_attention(run, neutral)["relative"].mean(0)      # (rows, columns)
     """
     about = about_runs([run, neutral], picture=picture, row=row)
     if [one.grid for one in run.pictures] != [one.grid for one in neutral.pictures]:

@@ -20,7 +20,7 @@ from workbench.edits import Change, ablate_experts, applied
 from workbench.rows import decoder_rows
 from workbench.tape import Keep, attach
 
-from .counting import axes_of, over_runs, positions_by_role, with_interval
+from .counting import axes_of, drawn_anew, over_runs, positions_by_role, with_interval
 from .result import Result
 from .trials import Trial, about_trials, read, token_logprobs
 
@@ -246,7 +246,7 @@ def shared_and_routed(
         values,
         axes_of(values, dict.fromkeys(names, by_layer) | {"tokens": by_layer[:1]}),
         chance={"shared_part": 0.5, "cosine": 0.0},
-        about=about_trials(model, trials, model_name, intervals="95%, trials drawn anew"),
+        about=about_trials(model, trials, model_name, **drawn_anew(what="trials")),
     )
 
 

@@ -129,7 +129,10 @@ def overlap(heat: np.ndarray, target: np.ndarray) -> float:
 
 
 def attention_map(model: KimiVL) -> MapMaker:
-    """Attention of the row that predicts the first scored token, the mean over all layers and heads."""
+    """Attention of the row that predicts the first scored token, the mean over all layers and heads.
+
+        map_league(model, trials, {"attention": attention_map(model)}, model_name="study")
+    """
 
     def make(trial: Trial) -> np.ndarray:
         row, seen = trial.scored[0] - 1, trial.positions("picture")
@@ -159,12 +162,7 @@ def map_league(
     "centre", which prefers the middle of the picture. Value "score" (maps, measures) is the mean over trials, "each" has
     them all. Raises ValueError for trials without exactly one picture or without target boxes.
     """
-    rng = np.random.default_rng(seed)
-    contestants = {
-        **maps,
-        "random": lambda trial: rng.random(trial.pictures[0].grid.token_grid),
-        "centre": lambda trial: centre_map(trial.pictures[0].grid),
-    }
+    contestants = _with_controls(maps, seed)
     measures = ["deletion", "insertion", "pointing", "overlap"]
     each = np.zeros((len(contestants), len(trials), len(measures)))
     for m, make in enumerate(contestants.values()):
@@ -186,6 +184,49 @@ def map_league(
         chance=chance,
         about=about_trials(model, trials, model_name, seed=seed, points=points, controls=["random", "centre"]),
     )
+
+
+def map_curves(
+    model: KimiVL,
+    trial: Trial,
+    maps: Mapping[str, MapMaker],
+    *,
+    model_name: str,
+    points: int = 12,
+    seed: int = 0,
+) -> Result:
+    """The curves behind deletion and insertion for several maps of one picture, with the controls of `map_league` (paper T3).
+
+        curves = map_curves(model, trial, {"attention": attention_map(model)}, model_name="study")
+
+    probability (2, maps, points) of the reply when the most important cells are hidden ("deletion") or shown again
+    ("insertion"); area (2, maps) under each curve. Raises ValueError as `deletion` does.
+    """
+    contestants = _with_controls(maps, seed)
+    grid, _ = _picture(model, trial)
+    heats = [_checked(make(trial), grid) for make in contestants.values()]
+    options = {"points": points, "seed": seed}
+    found = [[deletion(model, trial, heat, insert=insert, **options) for heat in heats] for insert in (False, True)]
+    ways, names = ("way", ["deletion", "insertion"]), ("map", list(contestants))
+    return Result(
+        "map-curves",
+        "The reply's probability while cells are hidden or shown again, most important first",
+        {
+            "probability": np.array([[one[1] for one in row] for row in found]),
+            "area": np.array([[one[2] for one in row] for row in found]),
+        },
+        {"probability": [ways, names, ("share", found[0][0][0].tolist())], "area": [ways, names]},
+        about=about_trials(model, [trial], model_name, seed=seed, points=points, controls=["random", "centre"]),
+    )
+
+
+def _with_controls(maps: Mapping[str, MapMaker], seed: int) -> dict[str, MapMaker]:
+    rng = np.random.default_rng(seed)
+    return {
+        **maps,
+        "random": lambda trial: rng.random(trial.pictures[0].grid.token_grid),
+        "centre": lambda trial: centre_map(trial.pictures[0].grid),
+    }
 
 
 def centre_map(grid: PatchGrid) -> np.ndarray:

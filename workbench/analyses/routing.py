@@ -17,6 +17,7 @@ from .counting import (
     GROUPS,
     KINDS,
     axes_of,
+    drawn_anew,
     entropy,
     expert_counts,
     group_tables,
@@ -70,7 +71,7 @@ def expert_loads(runs: Sequence[Run], groups: Sequence[str] = GROUPS) -> Result:
         values,
         axes_of(values, axes),
         chance={"load": top_k / experts, "max_vio": 0.0},
-        about=about_runs(runs, top_k=top_k, experts=experts, intervals="95%, runs drawn anew"),
+        about=about_runs(runs, top_k=top_k, experts=experts, **drawn_anew()),
     )
 
 
@@ -122,7 +123,7 @@ def routing_confidence(runs: Sequence[Run], groups: Sequence[str] = GROUPS) -> R
         values,
         axes_of(values, dict.fromkeys(values, by_layer) | {"tokens": by_layer[:1]}),
         chance={"score_entropy": np.log2(experts), "weight_entropy": np.log2(top_k), "effective_experts": experts},
-        about=about_runs(runs, top_k=top_k, experts=experts, intervals="95%, runs drawn anew"),
+        about=about_runs(runs, top_k=top_k, experts=experts, **drawn_anew()),
     )
 
 
@@ -207,6 +208,7 @@ def domain_specialisation(
             top_k=top_k,
             runs_of_domain={name: int((of == at).sum()) for at, name in enumerate(names)},
             shuffles=shuffles,
+            **drawn_anew(seed),
         ),
     )
 
@@ -264,7 +266,7 @@ def modality_specialisation(runs: Sequence[Run], *, shuffles: int = SHUFFLES, se
         values,
         axes_of(values, axes),
         chance={"preference": 0.0, "divergence": 0.0},
-        about=about_runs(runs, top_k=top_k, experts=experts, shuffles=shuffles, intervals="95%, runs drawn anew"),
+        about=about_runs(runs, top_k=top_k, experts=experts, shuffles=shuffles, **drawn_anew(seed)),
     )
 
 
@@ -339,5 +341,5 @@ def kind_information(runs: Sequence[Run], *, shuffles: int = SHUFFLES, seed: int
         values,
         axes_of(values, axes),
         chance={"information": values["shuffled"], "share": top_k / experts},
-        about=about_runs(runs, top_k=top_k, experts=experts, shuffles=shuffles, intervals="95%, runs drawn anew"),
+        about=about_runs(runs, top_k=top_k, experts=experts, shuffles=shuffles, **drawn_anew(seed)),
     )

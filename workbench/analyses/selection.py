@@ -13,6 +13,7 @@ import numpy as np
 from .counting import (
     GROUPS,
     axes_of,
+    drawn_anew,
     layer_axis,
     over_runs,
     positions_of,
@@ -121,7 +122,7 @@ def bias_effect(runs: Sequence[Run], groups: Sequence[str] = GROUPS) -> Result:
         values,
         axes_of(values, axes),
         chance={"flip_rate": 0.0, "replaced": 1 - top_k / experts},  # a bias that outweighs every score replaces so many
-        about=about_runs(runs, top_k=top_k, experts=experts, intervals="95%, runs drawn anew"),
+        about=about_runs(runs, top_k=top_k, experts=experts, **drawn_anew()),
     )
 
 
@@ -156,7 +157,7 @@ def router_margins(runs: Sequence[Run], groups: Sequence[str] = GROUPS, *, near:
         f"Margin between the last expert chosen and the first left out; near-ties are below {near:g}",
         values,
         axes_of(values, {"margin": [*by_layer, ("quantile", QUANTILES)], "near_ties": by_layer, "tokens": by_layer[:1]}),
-        about=about_runs(runs, top_k=top_k, experts=experts, near=near, intervals="95%, runs drawn anew"),
+        about=about_runs(runs, top_k=top_k, experts=experts, near=near, **drawn_anew()),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from workbench.runs import Run
 
-from .counting import axes_of, over_runs, scores_of, shares, with_interval
+from .counting import axes_of, drawn_anew, over_runs, scores_of, shares, with_interval
 from .cues import CLASSES, segments, thought_positions
 from .result import Result, about_runs
 
@@ -38,7 +38,7 @@ def thought_classes(runs: Sequence[Run], bins: int = 10, ngram: int = 3) -> Resu
     Raises ValueError where no run has a thought.
     """
     thoughts = [segments(run) for run in runs]
-    about = about_runs(runs, ngram=ngram, with_thought=sum(map(bool, thoughts)), seed=0)
+    about = about_runs(runs, ngram=ngram, with_thought=sum(map(bool, thoughts)), **drawn_anew())
     need_thoughts(thoughts)
     tokens = np.zeros((len(runs), len(CLASSES)))
     pairs = np.zeros((len(runs), len(CLASSES), len(CLASSES)))
@@ -210,7 +210,7 @@ def image_reliance(runs: Sequence[Run], bins: int = 10) -> Result:
     mean (bins,) is over layers too, with a 95% interval over runs. The token at t is written by the row at t - 1. Chance: the
     share of positions that the row may see which are picture. Raises ValueError for runs without thought or picture.
     """
-    about = about_runs(runs)
+    about = about_runs(runs, **drawn_anew())
     need_thoughts([thought_positions(run) for run in runs])
     layers = len(runs[0].role_mass)
     mass, seen, count = np.zeros((len(runs), layers, bins)), np.zeros((len(runs), bins)), np.zeros((len(runs), bins))

@@ -109,7 +109,10 @@ def scene_trial(chat: Chat, scene: Scene | Album, question: Question, *, score: 
 def study_trials(
     chat: Chat, families: Sequence[str], scenes: int, *, split: str = "report", score: str = "answer", first: int = 0
 ) -> list[Trial]:
-    """Trials of scenes `first` to `first + scenes - 1` of each family, family after family."""
+    """Trials of scenes `first` to `first + scenes - 1` of each family, family after family.
+
+        trials = study_trials(chat, ["count", "where"], scenes=20)
+    """
     return [
         scene_trial(chat, *make(family, seed, split), score=score)
         for family in families
@@ -118,7 +121,10 @@ def study_trials(
 
 
 def run_trial(chat: Chat, run: Run, *, score: str = "answer") -> Trial:
-    """What a recorded run wrote, as a trial. Raises ValueError for a run without an answer to score."""
+    """What a recorded run wrote, as a trial. Raises ValueError for a run without an answer to score.
+
+        score(model, [run_trial(chat, run)]).nll      # how likely its own answer is
+    """
     roles, length = run.roles, len(run.token_ids)
     end = length - 1 if run.finished else None
     scored = [
@@ -222,6 +228,9 @@ def score(model: KimiVL, trials: Sequence[Trial], batch: int = 1) -> Scores:
     """How likely the replies are, under whatever is attached to the model.
 
     batch: trials a forward pass. Leave it at 1 where positions are named: they mean another word in each trial.
+
+        with applied(model, [ablate_experts(3, [7])]):
+            score(model, trials).right.mean()
     """
     return score_batches(model, batches(model, trials, batch))
 

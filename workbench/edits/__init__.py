@@ -9,7 +9,7 @@ says who may look where. `change` holds what they share. The model is left as it
 `workbench.tape.attach`.
 """
 
-from .attention import block_attention
+from .attention import block_attention, block_patches
 from .change import Applied, Change, EditError, applied, in_force
 from .experts import ablate_experts, ablate_shared, expert_output
 from .parts import (
@@ -36,6 +36,7 @@ __all__ = [
     "ablate_visual_tokens",
     "applied",
     "block_attention",
+    "block_patches",
     "expert_output",
     "force_experts",
     "in_force",

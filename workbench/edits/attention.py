@@ -1,7 +1,9 @@
-"""Who may look where: blocks between groups of positions, in chosen layers and heads of the decoder.
+"""Who may look where: blocks between groups of positions, in chosen layers and heads of the decoder, and between patches of a
+picture in MoonViT.
 
 The looks themselves are taken away by `workbench.blocks`, which keeps every row that loses nothing bit for bit; here they
-become a Change, which may name positions up to an end that is not written yet. Letters: B rows, T queries, S keys, H heads.
+become a Change, which may name positions up to an end that is not written yet. Letters: B rows, T queries, S keys, H heads,
+P patches.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 
 from kimi_vl_ref import KimiVL
 
-from ..blocks import BlockedCore, blocked
+from ..blocks import BlockedCore, blocked, blocked_patches
 from ..positions import FAR
-from .change import Change, Now, Plan, Where, indices, inside, layer_of, listed
+from .change import Change, EditError, Now, Plan, Where, indices, inside, layer_of, listed
 
 
 class Block:
@@ -102,3 +104,68 @@ def block_attention(queries: Any, keys: Any, layers: Any = None, heads: Any = No
     line = f"block attention{str(asked).replace(' at', ' from')} to{str(hidden).removeprefix(' at')} ({where})"
     settings = {"queries": asked.json, "keys": hidden.json, "layers": layers, "heads": heads}
     return Change("block_attention", settings, line, prepare)
+
+
+class PatchBlock:
+    """One change on one layer of MoonViT: these patches of a picture do not see those, in these heads."""
+
+    def __init__(self, plan: Plan, queries: list[int], keys: list[int], heads: list[int] | None, picture: int):
+        self.plan, self.queries, self.keys, self.heads, self.picture = plan, queries, keys, heads, picture
+
+    def count(self, heads: int) -> None:
+        looks = len(self.queries) * len(self.keys) * (heads if self.heads is None else len(self.heads))
+        self.plan.count(patches=len(self.queries), looks=looks)
+
+
+class BlockedPatches(nn.Module):
+    """Stands in for a MoonViT core, with the blocks of several changes."""
+
+    def __init__(self, blocks: Sequence[PatchBlock], outer: BlockedPatches | None = None):
+        super().__init__()
+        self.changes = blocks
+        self.all: list[PatchBlock] = [*(() if outer is None else outer.all), *blocks]  # as in `Blocked`
+
+    def around(self, core: nn.Module) -> BlockedPatches:
+        for block in self.all:
+            core = blocked_patches(core, [(block.queries, block.keys)], block.heads, block.picture)
+        self.wrapped = [core]  # in a list: not a part of this module, whose parts would be sites
+        return self
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Any) -> Tensor:
+        heads = self.wrapped[0](q, k, v, packing)
+        for block in self.changes:
+            block.count(q.shape[1])
+        return heads
+
+
+def block_patches(queries: Any, keys: Any, layers: Any = None, heads: Any = None, *, picture: int = 0) -> Change:
+    """Patches `queries` of one picture of a call do not see its patches `keys`, in all layers and heads of MoonViT or in
+    those named; as `block_attention`. Patches count from 0 inside the picture, row by row (`PatchGrid.patch_at`).
+
+    A patch that would see nothing, and one that the picture does not have, are refused with ValueError when the picture is
+    seen. Counts: patches that lost a key and looks, over all layers.
+
+        applied(model, [block_patches(range(4, 8), [0], layers=[2], heads=[1])])
+    """
+    asked, hidden = indices(queries, "patch"), indices(keys, "patch")
+    layers = None if layers is None else indices(layers, "layer")
+    heads = None if heads is None else indices(heads, "head")
+    if isinstance(picture, bool) or not isinstance(picture, int) or picture < 0:
+        raise EditError(f"picture {picture!r} is not the number of a picture; count them from 0")
+
+    def prepare(model: KimiVL) -> Plan:
+        plan = Plan()
+        inside(heads or (), model.config.vision.num_attention_heads, "head")
+        inside(layers or (), len(model.vision.layers), "vision layer")
+        for layer in range(len(model.vision.layers)) if layers is None else layers:
+            plan.patch_blocks[layer] = PatchBlock(plan, asked, hidden, heads, picture)
+        return plan
+
+    where = f"{'all layers' if layers is None else listed(layers, 'layer')}, {listed(heads, 'head') if heads else 'all heads'}"
+    line = f"block {_patches(asked)} of picture {picture} from seeing {_patches(hidden)} (MoonViT, {where})"
+    settings = {"queries": asked, "keys": hidden, "layers": layers, "heads": heads, "picture": picture}
+    return Change("block_patches", settings, line, prepare)
+
+
+def _patches(numbers: Sequence[int]) -> str:
+    return listed(numbers, "patch").replace("patchs", "patches")

@@ -47,6 +47,7 @@ class Plan:
     choose: dict[int, Callable[..., None]] = field(default_factory=dict)  # layer -> fn(Selection, Now), see experts.py
     weigh: dict[int, Callable[..., Tensor]] = field(default_factory=dict)  # layer -> fn(weights, chosen, Now)
     blocks: dict[int, Any] = field(default_factory=dict)  # layer -> Block, see attention.py
+    patch_blocks: dict[int, Any] = field(default_factory=dict)  # layer of MoonViT -> PatchBlock, see there
     touched: dict[str, Any] = field(default_factory=dict)  # counts; tensors until they are reported
 
     def count(self, **counts: Tensor | int) -> None:
@@ -86,6 +87,7 @@ class Applied:
         self.now: Now | None = None
         self.lines: list[str] = []  # what `active_edits` says of these changes
         self.blocked: dict[int, Any] = {}  # layer -> Blocked, see attention.py
+        self.blocked_patches: dict[int, Any] = {}  # layer of MoonViT -> BlockedPatches, see there
         self.selecting: dict[int, Any] = {}  # layer -> Selecting, see routing.py
 
     def counts(self) -> list[dict[str, int]]:
@@ -119,7 +121,7 @@ class Applied:
         return edit
 
     def _swaps(self) -> dict[str, Swap]:
-        from .attention import Blocked
+        from .attention import Blocked, BlockedPatches
         from .experts import Weighing
         from .routing import Selecting
 
@@ -137,6 +139,11 @@ class Applied:
             blocks = [plan.blocks[layer] for plan in self.plans if layer in plan.blocks]
             self.blocked[layer] = Blocked(self.here, blocks, outer)
             swaps[f"decoder.layers.{layer}.attn.core"] = self.blocked[layer].around
+        for layer in dict.fromkeys(layer for plan in self.plans for layer in plan.patch_blocks):
+            outer = next((one.blocked_patches[layer] for one in reversed(self.around) if layer in one.blocked_patches), None)
+            blocks = [plan.patch_blocks[layer] for plan in self.plans if layer in plan.patch_blocks]
+            self.blocked_patches[layer] = BlockedPatches(blocks, outer)
+            swaps[f"vision.layers.{layer}.attn.core"] = self.blocked_patches[layer].around
         return swaps
 
     def here(self) -> Now:

@@ -97,7 +97,10 @@ def ablate_shared(layer: int, how: str = "zero", *, values: Any = None, tokens: 
 
 @torch.no_grad()
 def expert_output(model: KimiVL, layer: int, experts: Any, x: Tensor) -> Tensor:
-    """What each expert alone would write, before its weight: x (..., D) as read at `ffn_norm` -> (..., len(experts), D)."""
+    """What each expert alone would write, before its weight: x (..., D) as read at `ffn_norm` -> (..., len(experts), D).
+
+        expert_output(model, 3, [7], tape["decoder.layers.3.ffn_norm"][0])      # (B, T, 1, D)
+    """
     experts = indices(experts, "expert")
     worker = moe_layer(model, layer, experts).experts
     inner = torch.einsum("...d,eid->...ei", x, worker.gate_up[experts])

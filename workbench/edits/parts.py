@@ -288,6 +288,8 @@ def _at_site(model: KimiVL, site: str, edit: Callable[[Tensor, Now | None, Plan]
 def values_at(tape: Tape, site: str, positions: Any, row: int = 0) -> Tensor:
     """Activations (N, ...) of a site that a tape has read whole, of one row of the batch, at positions over all its calls;
     on the picture's side, of its latest call. Raises EditError for positions that it does not have.
+
+        values_at(tape, "decoder.layers.2", [4, 5, 6])      # (3, D)
     """
     calls, text = tape[site], site.startswith("decoder") or site == "embedded"
     joined = torch.cat([call[row] for call in calls]) if text else calls[-1]

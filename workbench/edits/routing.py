@@ -284,6 +284,8 @@ def set_top_k(layer: Any, k: int) -> Change:
 def routing_of(source: Any, row: int | None = None) -> dict[int, Tensor]:
     """Expert ids by layer, (T, K), of a Run; of a tape that read `decoder.layers.*.ffn.router.chosen` (B, T, K), all its
     calls one after another, or (T, K) of one row. Raises EditError for a tape that read none.
+
+        applied(model, [pin_routing(routing_of(run))])
     """
     if hasattr(source, "moe_layers"):
         return {layer: torch.as_tensor(_numbers(source.chosen[at])).long() for at, layer in enumerate(source.moe_layers)}

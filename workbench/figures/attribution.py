@@ -123,6 +123,25 @@ def deletion_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, mode
     return named(figure, title, model_name)
 
 
+def map_curves_figure(result: Result) -> Figure:
+    """T3: both ways of `map_curves` side by side, a curve a map with its area; controls are dashed and grey."""
+    ways, names, shares = (list(found) for _, found in result.axes["probability"])
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    greys = dict(zip(result.about["controls"], ("0.35", "0.65"), strict=True))
+    for w, (axes, way) in enumerate(zip(figure.subplots(1, 2, sharey=True), ways, strict=True)):
+        for at, name in enumerate(names):
+            colour, dash = greys.get(name, SERIES[at % len(SERIES)]), "--" if name in greys else "-"
+            label = f"{name}: area {result['area'][w, at]:.2f}"
+            axes.plot(shares, result["probability"][w, at], dash, color=colour, marker="o", markersize=3.5, label=label)
+        axes.set(xlabel=f"share of the picture {('hidden', 'shown again')[w]}", xlim=(0, 1), ylim=(-0.02, 1.02))
+        axes.set_title(f"{way} ({BETTER[way]})", fontsize=9)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        if not w:
+            axes.set_ylabel("probability of the reply")
+    asked = f"\n{result.about['prompts'][0]!r}, reply {result.about['replies'][0]!r}; dashed: controls"
+    return named(figure, result.title + asked, result.weights)
+
+
 def league_table(result: Result) -> Figure:
     """T3: a panel a measure, a bar a map; whiskers: 95% over trials. The controls are hatched."""
     names, measures = list(result.axes["score"][0][1]), list(result.axes["score"][1][1])

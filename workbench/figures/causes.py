@@ -93,25 +93,35 @@ def masking_figure(result: Result) -> Figure:
     axes = figure.subplots()
     masked = list(result.axes["loss"][0][1])
     _by_domain(axes, result, "loss", masked, "best experts masked", control="control", what="random ones masked")
+    _uniform_guess(axes, result)
+    axes.legend(fontsize=8, loc="upper left")
     axes.set(xlabel="experts masked for each token", ylabel="loss, nats a scored token", xticks=masked)
     return named(figure, result.title, result.weights)
 
 
 def top_k_figure(result: Result) -> Figure:
-    """I4b, c: loss against K, a line a domain, dashed without the shared expert; the model's own K is marked."""
-    figure = Figure(figsize=(9.4, 4.6), layout="constrained")
-    axes = figure.subplots()
+    """I4b, c: loss against K, a line a domain, with the shared expert and without it; controls dashed in the same colour; the
+    model's own K is marked.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     ks = list(result.axes["loss"][0][1])
-    for at, domain in enumerate(result.axes["loss"][2][1]):
-        for dropped, style in ((0, "-"), (1, "--")):
-            label = f"{domain or 'all'}, shared expert {('kept', 'dropped')[dropped]}"
+    titles = (
+        "shared expert kept\n(dashed: K experts drawn at random)",
+        "shared expert dropped\n(dashed: it is kept, as many routed ones are dropped)",
+    )
+    for dropped, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        for at, domain in enumerate(result.axes["loss"][2][1]):
             colour = SERIES[at % len(SERIES)]
-            axes.plot(ks, result["loss"][:, dropped, at], style, color=colour, marker="o", markersize=4, label=label)
-    axes.axvline(result.about["top_k"], color="0.5", linestyle=":", linewidth=1.4)
-    axes.text(result.about["top_k"], 1.01, "the model's K", transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
-    axes.set(xlabel="routed experts a token, K", ylabel="loss, nats a scored token", xticks=ks)
-    axes.set_ylim(bottom=0)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right center")
+            axes.plot(ks, result["control"][:, dropped, at], "--", color=colour, marker="s", markersize=3)
+            axes.plot(ks, result["loss"][:, dropped, at], color=colour, marker="o", markersize=4, label=domain or "all")
+        axes.axvline(result.about["top_k"], color="0.5", linestyle=":", linewidth=1.4, label="the model's K")
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel="routed experts a token, K", xticks=ks)
+    for axes in panels:
+        _uniform_guess(axes, result)
+    panels[0].set_ylabel("loss, nats a scored token")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     return named(figure, result.title, result.weights)
 
 
@@ -207,7 +217,14 @@ def _by_domain(axes: Axes, result: Result, name: str, x: Sequence[float], label:
         axes.plot(x, result[name][:, at], color=colour, marker="o", markersize=4, label=f"{domain}: {label}")
         axes.plot(x, result[control][:, at], "--", color=colour, marker="s", markersize=3, label=f"{domain}: {what}")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, loc="upper left")
+
+
+def _uniform_guess(axes: Axes, result: Result) -> None:
+    """The chance line, on the scale of the losses: it lies above most of them, and says so in the legend."""
+    chance, top = float(result.chance["loss"]), axes.get_ylim()[1]
+    label = f"by chance: a uniform guess, {chance:.1f}{' (off the scale)' if chance > top else ''}"
+    axes.axhline(chance, color="0.35", linestyle="--", linewidth=1, label=label)
+    axes.set_ylim(0, top)
 
 
 def _count(number: int, what: str) -> str:

@@ -86,7 +86,7 @@ def patch_words_map(result: Result, picture: Picture, layer: str | int, *, vmax:
     mesh = read.pcolormesh(x, y, probs, norm=scale, cmap=COLOURS, alpha=0.75, linewidth=0, rasterized=True)
     size = float(np.clip(60 / len(x), 4, 9))
     for (row, column), word in np.ndenumerate(words):
-        if row + 1 < len(y) and column + 1 < len(x):
+        if row + 1 < len(y) and column + 1 < len(x) and x[column + 1] - x[column] > 0.5 * (x[1] - x[0]):  # room for a word
             bright = probs[row, column] > 0.6 * float(scale.vmax or 1)
             centre = (x[column] + x[column + 1]) / 2, (y[row] + y[row + 1]) / 2
             read.text(*centre, _short(word), ha="center", va="center", fontsize=size, color="black" if bright else "white")
@@ -196,19 +196,22 @@ def weight_spectrum_figure(result: Result) -> Figure:
 
 def muon_update_figure(result: Result) -> Figure:
     """P5: root mean square of a step, Muon and AdamW, each with its formula's value."""
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
     names = [str(name) for name in result.axes["rms"][1][1]]
+    figure = Figure(figsize=(max(7.0, 2.5 + 0.85 * len(names)), 3.8), layout="constrained")
+    axes = figure.subplots()
     place = np.arange(len(names))
     formula = np.asarray(result.chance["rms"])
     for at, optimiser in enumerate(result.axes["rms"][0][1]):
         x = place + 0.4 * at - 0.2
         axes.bar(x, result["rms"][at], 0.36, color=LINES[at], label=str(optimiser))
         axes.hlines(formula[at], x - 0.19, x + 0.19, color="black", linewidth=1.6, label="formula" if not at else "_")
-    axes.set_xticks(place, names)
-    axes.set_ylim(0, 1.15)
+    if len(names) > 4:
+        axes.set_xticks(place, names, rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
+    else:
+        axes.set_xticks(place, names)
+    axes.set_ylim(0, 1.3)
     axes.set_ylabel("root mean square at learning rate 1")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=3, loc="upper center")
     return named(figure, f"{result.title}; gradient rank: {result.about['rank']}", result.weights)
 
 

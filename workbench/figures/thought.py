@@ -238,7 +238,7 @@ def early_answering_figure(result: Result) -> Figure:
     match, right = figure.subplots(1, 2, sharey=True)
     cuts = np.asarray(result.axes["match"][1][1], float)
     for at, variant in enumerate(result.axes["match"][0][1]):
-        x = cuts + 0.008 * (at - 1)
+        x = cuts + 0.008 * (at - 1.5)
         style: dict[str, Any] = {"color": LINES[at], "marker": MARKS[at]}
         label = f"{variant}: AOC {result['aoc'][at]:.2f}"
         match.errorbar(x, result["match"][at], _whiskers(result, "match", at), capsize=3, label=label, **style)
@@ -246,12 +246,34 @@ def early_answering_figure(result: Result) -> Figure:
     titles = ((match, "match", "same answer as with the whole thought (95%)"), (right, "accuracy", "right answer"))
     for axes, name, title in titles:
         axes.axhline(float(result.chance[name]), label="by chance" if name == "match" else "best constant", **CHANCE)
-        axes.set(xlim=(-0.04, 1.04), ylim=(0, 1.05), xlabel="part of the thought that is kept, or where the mistake is")
+        axes.set(xlim=(-0.04, 1.04), ylim=(0, 1.05), xlabel="part of the thought kept, reworded or before the mistake")
         axes.set_title(title, fontsize=9)
         axes.legend(fontsize=8)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return named(figure, f"{result.title} {result.about['with_thought']} thoughts, greedy", result.weights)
+
+
+def answer_confidence_figure(result: Result) -> Figure:
+    """C3: probability of the right answer, and of the model's own, after each part of the thought; grey: another's thought."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    cuts = np.asarray(result.axes["right"][1][1], float)
+    titles = {"right": "the right answer", "own": "the answer it gives after the whole thought"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for at, (whose, colour, mark) in enumerate(zip(result.axes[name][0][1], (LINES[0], "0.55"), MARKS, strict=False)):
+            label = f"after {whose} thought{'' if at == 0 else ', as long'}"
+            axes.plot(cuts, result[name][at], color=colour, marker=mark, label=label)
+            ends = result[f"{name}_low"][at], result[f"{name}_high"][at]
+            axes.fill_between(cuts, *ends, color=colour, alpha=0.2, linewidth=0)
+        label = {"right": "best constant answer", "own": "answers to two questions agree"}[name]
+        axes.axhline(float(result.chance[name]), label=label, **CHANCE)
+        axes.set(xlim=(-0.04, 1.04), ylim=(0, 1.05), xlabel="part of the thought before the answer")
+        axes.set_title(f"probability of {title} (band: 95%)", fontsize=9)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.legend(fontsize=8)
+    return named(figure, f"{result.title}; {result.about['with_thought']} thoughts, greedy", result.weights)
 
 
 def picture_removed_figure(result: Result) -> Figure:

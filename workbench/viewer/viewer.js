@@ -187,7 +187,7 @@ function kimiViewer(host, hands) {
       state.tableLayer = Math.min(state.tableLayer, run.model.moe_layers.length - 1);
       buildStrip();
       buildControls();
-      const first = (role) => run.words.role.findIndex((r, w) => r === role && rowOf(w) >= 0 && run.words.text[w].trim());
+      const first = (role) => run.words.role.findIndex((r, w) => r === role && run.words.at[w] >= run.earlier && rowOf(w) >= 0 && run.words.text[w].trim());
       let chosen = [first("answer"), first("thought"), first("user")].find((w) => w >= 0) ?? 0;
       if (run.start === "looking" && run.pictures.length) { // the word that was read most from the picture
         const share = (w) => onPicture([rowOf(w)], "all", "all"), words = written().filter((w) => rowOf(w) >= 0);

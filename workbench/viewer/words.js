@@ -39,7 +39,7 @@ function buildStrip() {
     tok.classList.toggle("blank", !text.trim());
     tok.classList.toggle("template", isTemplate(w));
     if (turn === "earlier" && !isTemplate(w)) { // a line for each question, its answer behind it
-      if (role === "user" && before !== "user") turns.earlier.append(make("br"));
+      if (role === "user" && before && before !== "user") turns.earlier.append(make("br"));
       tok.classList.add(`was-${role}`);
       before = role;
     }

@@ -235,8 +235,8 @@ function drawBothExperts(mine, theirs) {
   }
   part("compare-share-bar").style.background = gradient();
   part("compare-change-bar").style.background = `linear-gradient(90deg, ${[-1, -0.5, 0, 0.5, 1].map(changeInk).join(", ")})`;
-  part("compare-share-table").hidden = !alike;
-  if (alike) fillTable("compare-share-table", ["layer", "expert", "this", "other", "other − this"], shares[0].flatMap((line, l) =>
+  part("compare-share-table").hidden = !change;
+  if (change) fillTable("compare-share-table", ["layer", "expert", "this", "other", "other − this"], shares[0].flatMap((line, l) =>
     [...line].map((v, e) => [run.model.moe_layers[l], e, percent(v), percent(shares[1][l][e]), signedPercent(shares[1][l][e] - v)]).filter((row) => row[2] !== "0%" || row[3] !== "0%")));
 }
 const signedPercent = (v) => (v < 0 ? `−${percent(-v)}` : v > 0 ? `+${percent(v)}` : "0%");
