@@ -36,7 +36,7 @@ notebooks: $(VENV)/dev.stamp  ## open the tutorials in Jupyter Lab
 	$(BIN)/python -m jupyter lab --notebook-dir=.
 
 screenshots: $(VENV)/dev.stamp  ## pictures of every panel, light and dark, into docs/ (OUT=folder)
-	PYTHONPATH=. $(BIN)/python docs/screenshots.py $(OUT)
+	$(BIN)/python -m docs.screenshots $(OUT)
 
 lock: $(VENV)/bin/python  ## compute requirements/*.lock anew from pyproject.toml (LOCK_ARGS=--upgrade for newer versions)
 	$(PIP) install --quiet uv

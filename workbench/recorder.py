@@ -8,7 +8,8 @@ Letters: L layers, H heads, E experts, K chosen, M visual tokens, G roles.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from kimi_vl_ref import KimiVL
-from kimi_vl_ref.attention import LatentAttention
 from kimi_vl_ref.cache import LatentCache
 
 from .edits import in_force
@@ -26,7 +26,8 @@ from .rows import decoder_rows
 from .tape import Keep
 
 PROMPT_ROWS = 1024  # attention rows kept of the prompt's end; a longer question keeps its last ones
-SCRATCH = 1 << 24  # numbers of one (H, rows, S) block while rows are computed
+SCRATCH = 1 << 20  # numbers of one (H, rows, S) block while rows are computed
+JOINED = 64  # steps whose tensors become one: an object a step would weigh as much as the numbers in it
 
 
 class Recorder:
@@ -36,18 +37,25 @@ class Recorder:
         self.model, self.moe_layers = model, moe_layers(model)
         self.first_row: int | None = None
         self.cache: LatentCache | None = None
-        self.chosen_by: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self.moe_layers}  # scores, chosen
-        self.weights: dict[int, list[Tensor]] = {layer: [] for layer in self.moe_layers}
-        layers = range(len(model.decoder.layers))
-        self.given = dict.fromkeys(layers, 0)  # tokens each core has been given
-        self.queries: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+        queries = [_core(layer) for layer in range(len(model.decoder.layers))]
+        routing = [f"{_weights(layer)}{read}" for layer in self.moe_layers for read in ("@in", "")]
+        self.read: dict[str, Grown] = {site: Grown() for site in (*queries, *routing)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held of tokens so far, besides the model's own cache: so many a token, however many came before it."""
+        memory = [part.untyped_storage() for site in self.read.values() for part in site]
+        return sum({one.data_ptr(): one.nbytes() for one in memory}.values())
 
     def keeps(self) -> dict[str, Keep | None]:
         """What to read, for `attach`. The inputs of `weights` are the scores and the choice, so one hook sees all three."""
-        cores: dict[str, Keep | None] = {f"decoder.layers.{i}.attn.core@in": self._keeper(i) for i in self.queries}
-        inputs = {f"decoder.layers.{i}.ffn.router.weights@in": _appender(self.chosen_by[i]) for i in self.moe_layers}
-        weights = {f"decoder.layers.{i}.ffn.router.weights": _appender(self.weights[i]) for i in self.moe_layers}
-        return {"embedded@in": self._keep_prompt, "decoder@in": self._keep_cache, **cores, **inputs, **weights}
+        return {
+            "embedded@in": self._keep_prompt,
+            "decoder@in": self._keep_cache,
+            _core("*"): self._keep_queries,
+            f"{_weights('*')}@in": self._keep,
+            _weights("*"): self._keep,
+        }
 
     def _keep_prompt(self, inputs: tuple[Any, ...], _site: str) -> None:
         if self.first_row is None:
@@ -58,18 +66,16 @@ class Recorder:
     def _keep_cache(self, inputs: tuple[Any, ...], _site: str) -> None:
         self.cache = inputs[2]
 
-    def _keeper(self, layer: int) -> Keep:
-        queries, given = self.queries[layer], self.given
+    def _keep_queries(self, inputs: tuple[Any, ...], site: str) -> None:
+        q_nope, q_rope, latent = inputs[:3]
+        assert self.first_row is not None
+        if (skipped := self.first_row + q_nope.shape[1] - latent.shape[1]) > 0:
+            # a view would keep the queries of the whole prompt alive
+            q_nope, q_rope = q_nope[:, skipped:].clone(), q_rope[:, skipped:].clone()
+        self.read[site].add((q_nope, q_rope))
 
-        def keep(inputs: tuple[Any, ...], _site: str) -> None:
-            q_nope, q_rope = inputs[:2]
-            assert self.first_row is not None
-            if (skipped := self.first_row - given[layer]) > 0:  # a view would keep the queries of the whole prompt alive
-                q_nope, q_rope = q_nope[:, skipped:].clone(), q_rope[:, skipped:].clone()
-            given[layer] += inputs[0].shape[1]
-            queries.append((q_nope, q_rope))
-
-        return keep
+    def _keep(self, value: Tensor | tuple[Tensor, ...], site: str) -> None:
+        self.read[site].add(value if isinstance(value, tuple) else (value,))
 
     @torch.inference_mode()
     def read_last(self, token: int) -> None:
@@ -81,9 +87,10 @@ class Recorder:
         """`chosen`, `weights`, `scores`, `bias` and the layers they belong to, as a Run has them."""
         found: dict[str, list[Tensor]] = {"scores": [], "chosen": [], "weights": []}
         for layer in self.moe_layers:
-            scores, chosen = zip(*self.chosen_by[layer], strict=True)
-            for name, parts in (("scores", scores), ("chosen", chosen), ("weights", self.weights[layer])):
-                found[name].append(torch.cat(list(parts), dim=1)[0])
+            scores, chosen = self.read[f"{_weights(layer)}@in"].whole()
+            (weights,) = self.read[_weights(layer)].whole()
+            for name, tensor in (("scores", scores), ("chosen", chosen), ("weights", weights)):
+                found[name].append(tensor[0])
         dtypes = {"scores": torch.float16, "chosen": torch.int16, "weights": torch.float16}
         arrays = {name: torch.stack(found[name]).to(dtype).cpu().numpy() for name, dtype in dtypes.items()}
         routers = [self.model.get_submodule(f"decoder.layers.{layer}.ffn.router.chosen") for layer in self.moe_layers]
@@ -102,56 +109,96 @@ class Recorder:
         visual = [t for t, role in enumerate(roles) if role.startswith("image ")]
         names = list(dict.fromkeys(roles))
         heads = self.model.config.text.num_attention_heads
-        kept = attention_kept(len(self.queries), heads, len(roles) - first_row, len(visual), len(names), other, detail)
+        layers = len(self.model.decoder.layers)
+        kept = attention_kept(layers, heads, len(roles) - first_row, len(visual), len(names), other, detail)
         first_row = len(roles) - kept.rows
         numbers = {name: at for at, name in enumerate(names)}
         device = self.model.logits.weight.device
         role_of = torch.tensor([numbers[role] for role in roles], device=device)
+        member = nn.functional.one_hot(role_of).to(torch.promote_types(self.model.logits.weight.dtype, torch.float32))
         columns = torch.tensor(visual, dtype=torch.long, device=device)
-        layers = [self._layer(layer, first_row, columns, role_of, kept) for layer in self.queries]
-        seen, mass = (np.stack(parts) for parts in zip(*layers, strict=True))
-        return {"first_row": first_row, "picture_attention": seen, "role_names": names, "role_mass": mass}, kept
+        blocked = any(one.blocked for one in in_force() if one.model is self.model)
+        # filled in place: small results that outlive their block would keep the allocator from using its memory again
+        shape = (layers, heads if kept.each else 1, kept.rows)
+        seen, mass = (torch.empty(*shape, last, dtype=torch.float16) for last in (len(visual), len(names)))
+        together = 1 if blocked else max(1, SCRATCH // max(1, heads * kept.rows * len(roles)))  # a batch, for a short text
+        for at in range(0, layers, together):
+            self._look(range(at, min(at + together, layers)), first_row, columns, member, kept, seen, mass)
+        arrays = {"picture_attention": seen.numpy(), "role_names": names, "role_mass": mass.numpy()}
+        return {"first_row": first_row, **arrays}, kept
 
-    def _layer(self, layer: int, first_row: int, visual: Tensor, role_of: Tensor, kept: AttentionKept) -> tuple[Any, Any]:
-        """(H, rows, M) and (H, rows, G) of one layer, in blocks of rows; H is 1 where only the mean is kept."""
+    def _look(
+        self, layers: range, first_row: int, visual: Tensor, member: Tensor, kept: AttentionKept, seen: Tensor, mass: Tensor
+    ) -> None:
+        """Fills `seen` (L, H, rows, M) and `mass` (L, H, rows, G) at these layers, in blocks of rows; H is 1 where only the
+        mean is kept.
+        """
         assert self.first_row is not None and self.cache is not None
-        skip, attn = first_row - self.first_row, self.model.decoder.layers[layer].attn
-        assert isinstance(attn, LatentAttention)
-        q_nope, q_rope = (torch.cat(parts, dim=1)[:, skip:] for parts in zip(*self.queries[layer], strict=True))
-        latent, k_rope = self.cache.read(layer)
-        up = attn.up.weight.view(attn.heads, -1, attn.rank)
-        count, keys = q_nope.shape[1], latent.shape[1]
-        member = nn.functional.one_hot(role_of).to(torch.promote_types(latent.dtype, torch.float32))
-        block = max(1, SCRATCH // (q_nope.shape[2] * keys))
-        seen, mass = [], []
+        attns = [self.model.decoder.layers[layer].attn for layer in layers]
+        queries = zip(*(self.read[_core(layer)].whole() for layer in layers), strict=True)
+        keys = zip(*(self.cache.read(layer) for layer in layers), strict=True)
+        q_nope, q_rope = (torch.cat(parts)[:, first_row - self.first_row :] for parts in queries)  # (L, rows, H, n or r)
+        latent, k_rope = (torch.cat(parts) for parts in keys)  # (L, S, R or r)
+        up = torch.stack([attn.up.weight.view(attn.heads, -1, attn.rank) for attn in attns])  # type: ignore[union-attr, operator]
+        (count, heads), slots = q_nope.shape[1:3], torch.arange(latent.shape[1], device=latent.device)
+        block = max(1, SCRATCH // (len(layers) * heads * len(slots)))
+        here = slice(layers.start, layers.stop)
         for start in range(0, count, block):
-            rows = torch.arange(start, min(start + block, count), device=latent.device)
-            visible = torch.arange(keys, device=latent.device) <= (first_row + rows)[:, None]
+            rows = slice(start, min(start + block, count))
+            visible = slots <= slots[first_row:][rows, None]
             inputs = (q_nope[:, rows], q_rope[:, rows], latent, k_rope, up, visible[None])
-            probs = decoder_rows(inputs, hidden=self._hidden(layer, inputs))[0]  # (H, rows, S)
-            probs = probs if kept.each else probs.mean(0, keepdim=True)
+            probs = decoder_rows(inputs, hidden=self._hidden(layers, inputs))  # (L, H, rows, S)
+            probs = probs if kept.each else probs.mean(1, keepdim=True)
             looked = probs[..., visual]
-            seen.append((on_steps(looked) if kept.steps else looked.to(torch.float16)).cpu())
-            mass.append((probs @ member.to(probs.dtype)).to(torch.float16).cpu())
-        return torch.cat(seen, dim=1).numpy(), torch.cat(mass, dim=1).numpy()
+            seen[here, :, rows] = (on_steps(looked) if kept.steps else looked.to(torch.float16)).cpu()
+            mass[here, :, rows] = (probs @ member.to(probs.dtype)).to(torch.float16).cpu()
 
-    def _hidden(self, layer: int, inputs: tuple[Any, ...]) -> Tensor | None:
-        """Keys that changes in force have blocked: the recorded queries know nothing of it."""
+    def _hidden(self, layers: range, inputs: tuple[Any, ...]) -> Tensor | None:
+        """Keys that changes in force have blocked: the recorded queries know nothing of it. Asked for one layer at a time."""
         here = [one for one in in_force() if one.model is self.model]
-        block = next((one.blocked[layer] for one in reversed(here) if layer in one.blocked), None)
+        block = next((one.blocked[layers[0]] for one in reversed(here) if layers[0] in one.blocked), None)
         return None if block is None else block.up_to(inputs[2].shape[1]).hidden(inputs)
 
 
-def _appender(entries: list[Any]) -> Keep:
-    """Keeps on a list of its own, so that the tape need not add up bytes call by call."""
-    return lambda value, _site: entries.append(value)
+class Grown:
+    """Tensors of one site, as they came along the axis of tokens: one for every JOINED calls, and those since."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[Tensor, ...]] = []
+        self.fresh: list[tuple[Tensor, ...]] = []
+
+    def add(self, tensors: tuple[Tensor, ...]) -> None:
+        self.fresh.append(tensors)
+        if len(self.fresh) >= JOINED:
+            self.blocks.append(_join(self.fresh))
+            self.fresh = []
+
+    def whole(self) -> tuple[Tensor, ...]:
+        return _join(self.blocks + self.fresh)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return chain.from_iterable(self.blocks + self.fresh)
 
 
+def _join(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
+
+
+def _core(layer: int | str) -> str:
+    return f"decoder.layers.{layer}.attn.core@in"
+
+
+def _weights(layer: int | str) -> str:
+    return f"decoder.layers.{layer}.ffn.router.weights"
+
+
+@torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """12 hex digits that tell weights apart: names, shapes and 64 values spread over every tensor."""
+    tensors = sorted(model.state_dict(keep_vars=True).items())
+    samples = [tensor.flatten()[:: max(1, tensor.numel() // 64)] for _, tensor in tensors]
+    values = torch.cat(samples).double().cpu().split([len(sample) for sample in samples])  # to the host at once
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
+    for (name, tensor), sample in zip(tensors, values, strict=True):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -34,9 +34,10 @@ class Scores(NamedTuple):
 def decoder_scores(inputs: tuple[Any, ...], rows: Rows = slice(None)) -> Scores:
     """Content and position parts of the scores of these queries, apart, in at least float32.
 
-    inputs: what one call of a decoder layer's `attn.core` was given. rows: columns of that call, counted from 0. The
-    up-projection is moved to the query's side, so no key is rebuilt (DeepSeek-V2, 2405.04434, section 2.1). Raises
-    ValueError for a row that does not exist.
+    inputs: what one call of a decoder layer's `attn.core` was given; several layers are a batch when each row has an
+    up-projection of its own, (B, H, n+v, R). rows: columns of that call, counted from 0. The up-projection is moved to the
+    query's side, so no key is rebuilt (DeepSeek-V2, 2405.04434, section 2.1). Raises ValueError for a row that does not
+    exist.
     """
     q_nope, q_rope, latent, k_rope, up, visible = inputs
     rows = _indices(rows, q_nope.shape[1], "query", q_nope.device)
@@ -44,7 +45,8 @@ def decoder_scores(inputs: tuple[Any, ...], rows: Rows = slice(None)) -> Scores:
     q_nope, q_rope, latent, k_rope, up = (part.to(wide) for part in (q_nope[:, rows], q_rope[:, rows], latent, k_rope, up))
     n = q_nope.shape[-1]
     scale = (n + q_rope.shape[-1]) ** -0.5
-    q_latent = torch.einsum("bthn,hnr->bhtr", q_nope * scale, up[:, :n])  # (B, H, rows, R)
+    ups = "hnr" if up.ndim == 3 else "bhnr"
+    q_latent = torch.einsum(f"bthn,{ups}->bhtr", q_nope * scale, up[..., :n, :])  # (B, H, rows, R)
     content = torch.einsum("bhtr,bsr->bhts", q_latent, latent)
     position = torch.einsum("bthr,bsr->bhts", q_rope * scale, k_rope)
     if visible is None:  # the keys are the queries, causally
@@ -63,7 +65,7 @@ def decoder_rows(inputs: tuple[Any, ...], rows: Rows = slice(None), hidden: Tens
     content, position, seen = decoder_scores(inputs, rows)
     if hidden is not None:
         seen = seen & ~hidden
-    return (content + position).masked_fill(~seen, float("-inf")).softmax(-1)
+    return (content + position).masked_fill_(~seen, float("-inf")).softmax(-1)
 
 
 def vision_rows(

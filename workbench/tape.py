@@ -151,7 +151,7 @@ def refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")
         if (
-            isinstance(getattr(module, "_orig_mod", None), nn.Module)
+            "_orig_mod" in module._modules
             or getattr(module, "_compiled_call_impl", None) is not None
             or hasattr(forward, "_torchdynamo_orig_callable")
         ):
@@ -227,7 +227,8 @@ class _Session:
     def _hook(self, name: str) -> Callable[..., Any]:
         edits, view = self.plan.edits.get(name, ()), self.plan.sites[name].view
         stored = name in self.plan.keeps and name not in self.late
-        inputs = self.plan.keeps.get(f"{name}@in") if f"{name}@in" in self.plan.keeps else _NOT_READ
+        at_input = f"{name}@in"
+        inputs = self.plan.keeps.get(at_input, _NOT_READ)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
             if self.presence not in ACTIVE.get() or (module in SWAPPED.get()) != (name in self.plan.wrapped):
@@ -239,7 +240,7 @@ class _Session:
                 tensor = _edited(edit, tensor, name)
             if inputs is not _NOT_READ:
                 given = (*args, *kwargs.values())
-                self._append(f"{name}@in", given if inputs is None else inputs(given, f"{name}@in"))
+                self._append(at_input, given if inputs is None else inputs(given, at_input))
             if stored:
                 self._store(name, tensor)
             if not edits:
@@ -280,7 +281,8 @@ class _Session:
 
     def _append(self, name: str, value: Any) -> None:
         spent, entries = self.tape._spent, self.tape._read[name]
-        spent.add(value)
+        if value is not None:  # a keep= that took it elsewhere leaves None
+            spent.add(value)
         if self.limit is not None and spent.total > self.limit:
             raise refuse(f"{self.plan.reading} comes to {human(spent.total)} at call {len(entries)} of {name}", self.limit)
         entries.append(value)
