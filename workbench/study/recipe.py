@@ -1,0 +1,124 @@
+"""What is trained and how: the sizes of the study model, its processor's settings, and the stages with what each shows.
+
+README.md beside this file says what of it is the report's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kimi_vl_ref.config import KimiVLConfig, TextConfig, VisionConfig
+
+from .batches import Mix
+
+N_RANKS = 512  # byte-pair ranks of the study tokenizer; 256 special slots follow
+CONFIG = KimiVLConfig(
+    vision=VisionConfig(
+        patch_size=14,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        init_pos_emb_height=16,
+        init_pos_emb_width=16,
+    ),
+    text=TextConfig(
+        vocab_size=N_RANKS + 256,
+        hidden_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        intermediate_size=512,
+        moe_intermediate_size=96,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.446,
+        rope_theta=50000.0,
+        max_position_embeddings=4096,
+        bos_token_id=N_RANKS,
+        eos_token_id=N_RANKS + 1,
+        pad_token_id=N_RANKS + 255,
+    ),
+    media_placeholder_token_id=N_RANKS + 21,
+    torch_dtype="float32",
+)
+PREPROCESSOR = {
+    "image_processor_type": "KimiVLImageProcessor",
+    "in_token_limit": 4096,
+    "patch_size": 14,
+    "num_pooled_tokens": 1024,
+    "merge_kernel_size": [2, 2],
+    "pad_input": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One leg of the curriculum. Rates are for Muon; AdamW gets `adamw_share` of it."""
+
+    name: str
+    steps: int
+    mix: Mix
+    batch: int  # scenes a step, over all ranks
+    rate: float
+    final_rate: float = 0.0
+    warm: int = 50
+    decay_from: float = 0.6  # share of the stage after which the rate falls linearly
+    adamw_share: float = 0.5
+    dense: float = 0.0  # weight of the eye's dense losses; the eye stage has nothing else
+    readers_only: int = 0  # first steps in which the dense losses teach their readers alone, where those are new
+    bias_rate: float = 3e-3
+    dtype: str = "bfloat16"  # of the forward and backward passes; the weights that are stepped are float32
+
+    def rate_at(self, step: int) -> float:
+        if step < self.warm:
+            return self.rate * (step + 1) / self.warm
+        left = (self.steps - step) / (self.steps * (1 - self.decay_from))
+        return self.final_rate + (self.rate - self.final_rate) * min(1.0, left)
+
+
+# What is shown in the first three stages, and in those that follow.
+SCENES = {"any": 0.2, "objects": 0.15, "distractors": 0.25, "count": 0.15, "read": 0.25}
+EASY = {"describe": 3, "name": 2, "where": 2, "read": 2, "relation": 0.5, "count": 0.5, "point": 0.5}
+ALL = {"describe": 1.5, "name": 1, "where": 1, "read": 2, "relation": 1, "count": 1, "point": 1}
+PRINT = {"words": 0.30, "window": 0.20, "sums": 0.12, "read": 0.12, "distractors": 0.08, "any": 0.05, "chart": 0.05}
+PRINT |= {"tiny": 0.04, "frames": 0.04}
+EVERY = {"any": 0.06, "distractors": 0.11, "objects": 0.08, "count": 0.05, "read": 0.08, "chart": 0.08, "sums": 0.10}
+EVERY |= {"words": 0.06, "window": 0.08, "compare": 0.08, "frames": 0.06, "tiny": 0.05, "needle": 0.05, "wide": 0.06}
+ASKED = {"describe": 1, "name": 0.4, "where": 0.4, "read": 2, "relation": 2, "count": 1.5, "point": 2}
+_MANY = Stage("many", 200, Mix(EVERY, ASKED), batch=32, rate=2.5e-3, final_rate=2.5e-3, warm=1, dense=0.1)
+# the same, with more of what was found to lag
+LATER = {"any": 0.05, "distractors": 0.10, "objects": 0.07, "count": 0.06, "read": 0.09, "chart": 0.08, "sums": 0.11}
+LATER |= {"words": 0.07, "window": 0.09, "compare": 0.08, "frames": 0.06, "tiny": 0.04, "needle": 0.04, "wide": 0.06}
+LATER_ASKED = {"describe": 0.8, "name": 0.3, "where": 0.3, "read": 2.5, "relation": 2, "count": 2.5, "point": 2}
+_JOINT = replace(_MANY, name="joint", mix=Mix(LATER, LATER_ASKED), warm=30, dense=0.3)
+# once more from the end of a cooldown, with what lagged then: numbers to read and to add, several pictures, long contexts
+MORE = {"any": 0.04, "distractors": 0.07, "objects": 0.06, "count": 0.07, "read": 0.12, "chart": 0.04, "sums": 0.13}
+MORE |= {"words": 0.09, "window": 0.07, "compare": 0.09, "frames": 0.09, "tiny": 0.03, "needle": 0.12, "wide": 0.08}
+MORE_ASKED = {"describe": 0.5, "name": 0.25, "where": 0.25, "read": 2.5, "relation": 2.5, "count": 3, "point": 1.5}
+_AGAIN = replace(_JOINT, name="again", mix=Mix(MORE, MORE_ASKED), warm=40)
+
+# The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
+FIRST = (
+    Stage("eye", 1100, Mix(SCENES, {}, ("first", "second", "third", "full", "full"), 0), 48, 4e-3, 8e-4, dense=1.0),
+    Stage("words", 500, Mix(SCENES, EASY, ("first", "second", "third")), 32, 3e-3, 3e-3, dense=0.3),
+    Stage("all", 1100, Mix(SCENES, ALL, ("third", "full", "full", "full")), 32, 3e-3, decay_from=0.5, dense=0.3),
+)
+THEN = (
+    replace(_MANY, name="many-first", steps=150, mix=Mix(EVERY, ASKED, ("first", "second")), warm=50, readers_only=100),
+    replace(_MANY, name="many-third", steps=150, mix=Mix(EVERY, ASKED, ("third",))),
+    _MANY,
+    Stage("print", 420, Mix(PRINT, {}, ("third", "full", "full"), 0), 64, 4e-3, 1.5e-3, warm=30, decay_from=0.5, dense=1.0),
+    replace(_JOINT, steps=700),
+    replace(_JOINT, name="cooldown", steps=850, final_rate=0.0, warm=1, decay_from=0.0),
+    replace(_AGAIN, steps=900),
+    replace(_AGAIN, name="last", steps=950, final_rate=0.0, warm=1, decay_from=0.0),
+)
+STAGES = FIRST + THEN
