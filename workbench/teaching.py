@@ -16,7 +16,7 @@ from kimi_vl_ref import Chat, KimiVL, load
 from workbench.runs import fingerprint
 
 SHOWN = ("torch", "transformers", "captum", "matplotlib")
-LIMIT = 600  # seconds a cell may take
+LIMIT = 1800  # seconds a cell may take, on a loaded machine; and a kernel to start
 
 
 def begin(source: str = "study", seed: int = 0) -> tuple[KimiVL, Chat]:
@@ -25,6 +25,7 @@ def begin(source: str = "study", seed: int = 0) -> tuple[KimiVL, Chat]:
         model, chat = begin()                          # the line to change for the real weights
     """
     torch.manual_seed(seed)
+    _show_figures()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, chat = load(source, device=device)
     size = sum(p.numel() for p in model.parameters())
@@ -32,6 +33,17 @@ def begin(source: str = "study", seed: int = 0) -> tuple[KimiVL, Chat]:
     print(f"weights: {name} ({fingerprint(model)}), {size / 1e6:,.1f} M parameters, {model.logits.weight.dtype}")
     print(f"device: {device}; python {sys.version.split()[0]}; {'; '.join(filter(None, map(_version, SHOWN)))}")
     return model, chat
+
+
+def _show_figures() -> None:
+    """A Figure that is the last value of a cell is drawn; without pyplot the kernel has not learnt that yet."""
+    try:
+        from IPython.core.getipython import get_ipython
+        from IPython.core.pylabtools import select_figure_formats
+    except ModuleNotFoundError:  # no notebook
+        return
+    if (shell := get_ipython()) is not None:
+        select_figure_formats(shell, {"png"})
 
 
 def _version(package: str) -> str:
@@ -53,7 +65,8 @@ def execute(path: Path, out: Path | None = None) -> float:
 
     notebook = nbformat.read(path, as_version=4)
     began = time.monotonic()
-    NotebookClient(notebook, timeout=LIMIT, resources={"metadata": {"path": str(path.parent)}}, record_timing=False).execute()
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=LIMIT, startup_timeout=LIMIT, resources=where, record_timing=False).execute()
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"  # the same every time, so that a new run changes outputs only
     notebook.metadata.get("language_info", {}).pop("version", None)
