@@ -35,7 +35,11 @@ def ask(page: Page, question: str) -> None:
 
 def fill(page: Page, name: str) -> None:
     """Makes an open panel show something, where it waits to be asked."""
+    if name == "change":
+        page.get_by_role("button", name="Add to the list").click()
     if name == "compare":
+        ask(page, SECOND)
+        page.locator("button[data-tab=compare]").click()
         choose = page.locator("[data-part=compare-run]")
         choose.locator("option").nth(1).wait_for(state="attached")
         choose.select_option(index=1)
@@ -66,7 +70,6 @@ def shoot(address: str, out: Path) -> list[Path]:
                 page.set_default_timeout(PATIENCE)
                 page.goto(address)
                 page.wait_for_selector("[data-showing=run]")
-                ask(page, SECOND)
                 for name in page.locator("[data-tab]:is(button)").evaluate_all("tabs => tabs.map((tab) => tab.dataset.tab)"):
                     page.locator(f"button[data-tab={name}]").click()
                     if not place:

@@ -37,13 +37,10 @@ def begin(source: str = "study", seed: int = 0) -> tuple[KimiVL, Chat]:
 
 def _show_figures() -> None:
     """A Figure that is the last value of a cell is drawn; without pyplot the kernel has not learnt that yet."""
-    try:
-        from IPython.core.getipython import get_ipython
-        from IPython.core.pylabtools import select_figure_formats
-    except ModuleNotFoundError:  # no notebook
-        return
-    if (shell := get_ipython()) is not None:
-        select_figure_formats(shell, {"png"})
+    ipython = sys.modules.get("IPython")  # there is one in a notebook, and nowhere else is it needed
+    shell = ipython.get_ipython() if ipython else None
+    if shell is not None:
+        shell.run_line_magic("matplotlib", "inline")
 
 
 def _version(package: str) -> str:
