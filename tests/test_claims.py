@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
 from kimi_vl_ref import load
 from workbench.study import claims
+from workbench.study.kinds import needle
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,15 @@ def test_the_needle_holds_where_it_is_found_at_every_length(study, monkeypatch):
     answering(monkeypatch, deep)
     failed = claims.haystack(*study, scenes=10)
     assert not failed.holds and "100.0 at a quarter" in failed.verdict
+
+
+def test_the_commonest_guess_reads_pictures_or_lines_and_ignores_the_question():
+    text = "red star 10. red circle 11. blue star 12. what has the number 12?"
+    album, _ = needle.draw(1, "report", "full", length=4, variant="lines")
+    assert claims.commonest(album, text) == "red star"
+    pictures, _ = needle.draw(1, "report", "full", length=20, variant="pictures")
+    colours = Counter(o.colour for view in pictures.views for o in view.objects)
+    assert claims.commonest(pictures, "").split()[0] == colours.most_common(1)[0][0]
 
 
 def test_rope_says_what_is_lost_without_the_rotation(study):
