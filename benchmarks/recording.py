@@ -1,17 +1,19 @@
-"""What looking inside costs: time and peak memory of a forward pass, plain and recorded, beside what others offer.
+"""What looking inside costs: time and peak memory of a forward pass, plain and recorded, beside what others offer; a whole
+recorded answer beside the same answer; and a model that is not recorded beside one that never was.
 
     python -m benchmarks.recording --json benchmarks/recording.json     # prints the tables of benchmarks/README.md
+    python -m benchmarks.recording --only answers off                   # some of them: forward, answers, off
 
-Every way runs in a process of its own, which first measures a plain forward pass of the same implementation and then
-alternates plain and recorded rounds: a ratio never mixes machines, moments or implementations. Peak memory is how far the
-recorded pass rose above the largest size that the process had in the plain pass before it. The sizes are those of a small
-DeepSeek-V3: hidden 512, 4 layers, 8 heads of 128 + 64 / 128, latent 512, 16 experts of which 4, float32. A peer that is not
-installed is left out by name.
+Every way (`benchmarks.ways`) runs in a process of its own, which first measures a plain forward pass of the same
+implementation and then alternates plain and recorded rounds: a ratio never mixes machines, moments or implementations. Peak
+memory is how far the first recorded pass rose above the largest size that the process had in the plain pass before it. A way
+that fails, or would need more memory or time than there is, gets a line that says so; so does a peer that is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -19,266 +21,227 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from math import comb
 from typing import Any
 
-LENGTHS = (512, 2048, 8192)
-ROUNDS = 7
-Way = tuple[Callable[[], Any], Callable[[], Any]]  # plain, recorded
+from benchmarks.ways import WAYS, probabilities
+
+ROUNDS = {512: 7, 2048: 3, 8192: 1}  # a length that is not here has 3
+SECONDS = 240  # a way has at one length
+SPARE = 2 << 30  # bytes of memory that a way must leave to others
+FAMILIES = ("describe", "count", "sum")
 
 
-@dataclass(frozen=True)
-class Measured:
-    way: str
-    tokens: int
-    plain_ms: float
-    recorded_ms: float
-    ratio: float  # median of the rounds' ratios
-    peak_mb: float  # of the recorded passes, above the process before them
+# --- a forward pass ------------------------------------------------------------------------------------------------------
 
 
-def model(context: int) -> Any:
+def measure(way: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """One way in this process. ms are medians of the rounds, `ratio` is the median of the rounds' ratios."""
     import torch
 
-    from kimi_vl_ref import TINY, KimiVL
-
-    text = replace(
-        TINY.text,
-        vocab_size=2048,
-        hidden_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        intermediate_size=1408,
-        moe_intermediate_size=352,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        max_position_embeddings=context + 64,
-    )
-    torch.manual_seed(0)
-    return KimiVL(replace(TINY, text=text, media_placeholder_token_id=2047)).eval().requires_grad_(False)
-
-
-def prompt(tokens: int) -> Any:
-    import torch
-
-    return torch.randint(2000, (1, tokens), generator=torch.Generator().manual_seed(1))
-
-
-def ours(read: list[str], keep: Callable[..., Any] | None = None) -> Callable[[int], Way]:
-    def prepare(tokens: int) -> Way:
-        from workbench.tape import attach
-
-        net, ids = model(tokens), prompt(tokens)
-
-        def recorded() -> Any:
-            with attach(net, read=read, keep=keep) as tape:
-                net(ids)
-            return tape
-
-        return lambda: net(ids), recorded
-
-    return prepare
-
-
-def last_rows(inputs: Any, _site: str) -> Any:
-    """Attention rows of the last 64 queries over every key: what a recorded answer of 64 tokens needs."""
-    from workbench.rows import decoder_rows
-
-    count = inputs[0].shape[1]
-    return decoder_rows(inputs, slice(count - 64, count))
-
-
-def theirs(tokens: int) -> Any:
-    """transformers' DeepSeek-V3 decoder with our weights, at its best: grouped experts and SDPA."""
-    from workbench.released import as_transformers
-
-    decoder = as_transformers_square(model(tokens), as_transformers).model.language_model
-    decoder.config._attn_implementation, decoder.config._experts_implementation = "sdpa", "grouped_mm"
-    return decoder
-
-
-def as_transformers_square(net: Any, convert: Callable[[Any], Any]) -> Any:
-    """The tiny MoonViT's position table is not square and transformers' is; the decoder does not use it."""
-    import torch
-
-    vision = replace(net.config.vision, init_pos_emb_width=net.config.vision.init_pos_emb_height)
-    net.config = replace(net.config, vision=vision)
-    table = net.vision.positions.weight
-    net.vision.positions.weight = torch.nn.Parameter(table[:, : table.shape[0]].clone(), requires_grad=False)
-    return convert(net)
-
-
-def output_attentions(tokens: int) -> Way:
-    decoder, ids = theirs(tokens), prompt(tokens)
-
-    def recorded() -> Any:
-        decoder.set_attn_implementation("eager")  # the only one that returns them
-        try:
-            out = decoder(ids, use_cache=False, output_attentions=True)
-            assert len(out.attentions) == 4
-            return out
-        finally:
-            decoder.set_attn_implementation("sdpa")
-
-    return lambda: decoder(ids, use_cache=False), recorded
-
-
-def nnsight_router(tokens: int) -> Way:
-    from nnsight import NNsight  # type: ignore[import-not-found]
-
-    decoder, ids = theirs(tokens), prompt(tokens)
-    traced = NNsight(decoder)
-
-    def recorded() -> Any:
-        saved: list[Any] = []
-        with traced.trace(ids, use_cache=False):
-            for layer in traced.layers[1:]:
-                saved.append(layer.mlp.gate.output.save())
-        assert len(saved) == 3
-        return saved
-
-    return lambda: decoder(ids, use_cache=False), recorded
-
-
-def lens_bridge(tokens: int) -> Way:
-    from transformer_lens.model_bridge import TransformerBridge  # type: ignore[import-not-found]
-
-    with tempfile.TemporaryDirectory() as folder:
-        lens_checkpoint(tokens, folder)
-        bridge, ids = TransformerBridge.boot_transformers(folder), prompt(tokens)
-
-    def wanted(name: str) -> bool:
-        return name.endswith(("hook_pattern", "gate.hook_out"))
-
-    return lambda: bridge(ids), lambda: bridge.run_with_cache(ids, names_filter=wanted)
-
-
-def lens_checkpoint(tokens: int, folder: str) -> None:
-    """The bridge loads a causal language model by its folder, and wants a tokenizer there even if it is never asked."""
-    from tokenizers import Tokenizer, models  # type: ignore[import-not-found]
-    from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
-
-    inner = theirs(tokens)
-    inner.config.architectures = ["DeepseekV3ForCausalLM"]
-    whole = DeepseekV3ForCausalLM(inner.config).eval().requires_grad_(False)
-    whole.model = inner
-    whole.save_pretrained(folder)
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")),
-        **dict.fromkeys(("pad_token", "eos_token", "bos_token", "unk_token"), "<unk>"),
-    )
-    words.save_pretrained(folder)
-
-
-WAYS: dict[str, Callable[[int], Way]] = {
-    "ours, attached to nothing": lambda tokens: (lambda w: (w[0], w[0]))(ours([])(tokens)),
-    "ours, routing of all tokens": ours(["decoder.layers.*.ffn.router.chosen", "decoder.layers.*.ffn.router.weights"]),
-    "ours, rows of the last 64 tokens": ours(["decoder.layers.*.attn.core@in"], last_rows),
-    "transformers, output_attentions=True": output_attentions,
-    "nnsight, router outputs": nnsight_router,
-    "TransformerLens bridge, patterns and routers": lens_bridge,
-}
-
-
-def measure(way: str, tokens: int, rounds: int) -> Measured:
-    import torch
-
-    torch.set_num_threads(os.cpu_count() or 1)
+    room = available() - SPARE
+    resource.setrlimit(resource.RLIMIT_DATA, (room, room))  # it fails, and nothing else does
     with torch.inference_mode():
         plain, recorded = WAYS[way](tokens)
         plain()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        recorded()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        times = alternate(plain, recorded, rounds)
-    return Measured(way, tokens, *times, max(0, peak - before) / 1024)  # ru_maxrss counts KiB on Linux
+        before, peaks = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+
+        def noted() -> None:
+            recorded()
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+        pairs = alternate(plain, noted, rounds)
+    one, other, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
+    peak = max(0, peaks[0] - before) / 1024  # ru_maxrss counts KiB on Linux
+    times = {"plain_ms": one, "recorded_ms": other, "ratio": ratio}
+    return {"way": way, "tokens": tokens, **times, "peak_mb": peak, "rounds": rounds}
 
 
-def alternate(plain: Callable[[], Any], recorded: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
-    """Milliseconds of each and their ratio, medians of rounds in which now the one and now the other goes first."""
-    times: list[list[float]] = []
+def available() -> int:
+    """Bytes of memory that could be had now."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+
+
+def alternate(plain: Callable[[], Any], recorded: Callable[[], Any], rounds: int) -> list[tuple[float, float, float]]:
+    """Milliseconds of each and their ratio, of rounds in which now the one and now the other goes first."""
+    found = []
     for number in range(rounds):
         pair = [0.0, 0.0]
         for at in (0, 1) if number % 2 == 0 else (1, 0):
             start = time.perf_counter()
             (plain, recorded)[at]()
             pair[at] = 1000 * (time.perf_counter() - start)
-        times.append([*pair, pair[1] / pair[0]])
-    one, other, ratio = (statistics.median(column) for column in zip(*times, strict=True))
-    return one, other, ratio
+        found.append((pair[0], pair[1], pair[1] / pair[0]))
+    return found
 
 
-def generation(rounds: int) -> list[dict[str, Any]]:
-    """A whole recorded answer of the study model beside the same answer unrecorded: rows of every generated token."""
-    import torch
+def forward(lengths: list[int], rounds: int | None) -> list[dict[str, Any]]:
+    print("| way | tokens | plain, ms | recorded, ms | ratio | peak memory, MB | rounds |\n|---|---|---|---|---|---|---|")
+    rows = []
+    for tokens in lengths:
+        for way in WAYS:
+            rows.append(one := apart(way, tokens, rounds or ROUNDS.get(tokens, 3)))
+            figures = "{plain_ms:.0f} | {recorded_ms:.0f} | {ratio:.2f} | {peak_mb:.0f} | {rounds}"
+            shown = f"not measured: {one['error']} | | | | " if "error" in one else figures.format(**one)
+            print(f"| {way} | {tokens} | {shown} |", flush=True)
+    return rows
 
+
+def apart(way: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """`measure` in a process of its own, or what kept it from being measured."""
+    command = [sys.executable, "-m", "benchmarks.recording", "--way", way, "--tokens", str(tokens), "--rounds", str(rounds)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        error = f"took longer than {SECONDS} s"
+    else:
+        if not done.returncode:
+            return json.loads(done.stdout.strip().split("\n")[-1])
+        error = done.stderr.strip().split("\n")[-1][:160] if done.stderr else f"ended by signal {-done.returncode}"
+    if needed := probabilities(way, tokens):
+        error += f" (computed: the probabilities it keeps take {needed / 1e9:.1f} GB)"
+    return {"way": way, "tokens": tokens, "error": error}
+
+
+# --- an answer -----------------------------------------------------------------------------------------------------------
+
+
+def answers(rounds: int) -> list[dict[str, Any]]:
+    """Whole recorded answers of the study model beside the same answers unrecorded: rows of every generated token."""
     from kimi_vl_ref import load, reply
     from workbench.runs import record
     from workbench.study.evaluate import messages
     from workbench.study.families import make
 
-    torch.set_num_threads(os.cpu_count() or 1)
     net, chat = load("study")
-    asked = [messages(*make(family, 3)) for family in ("describe", "count", "sum")]
+    rows, times = [], []
+    for family in FAMILIES:
+        asked = messages(*make(family, 3))
 
-    def plain() -> int:
-        return sum(len(reply(net, chat, one).token_ids) for one in asked)
+        def plain(asked: Any = asked) -> int:
+            return len(reply(net, chat, asked).token_ids)
 
-    def recorded() -> int:
-        return sum(len([*record(net, chat, one, model_name="study")][-1].token_ids) for one in asked)  # type: ignore[union-attr]
+        def recorded(asked: Any = asked) -> int:
+            *_, run = record(net, chat, asked, model_name="study")
+            return len(run.token_ids)
 
-    plain(), recorded()
-    one, other, ratio = alternate(plain, recorded, rounds)
-    return [{"what": "study model, three answers", "plain_ms": one, "recorded_ms": other, "ratio": ratio}]
+        tokens = plain()
+        recorded()
+        times.append(alternate(plain, recorded, rounds))
+        rows.append(generated(f"{family}, {tokens} tokens", times[-1]))
+    whole = [tuple(map(sum, zip(*((one, other) for one, other, _ in turn), strict=True))) for turn in zip(*times, strict=True)]
+    rows.append(generated("all three", [(one, other, other / one) for one, other in whole]))
+    print("| answer of the study model | plain, ms | recorded, ms | ratio | 95% interval | rounds |\n|---|---|---|---|---|---|")
+    line = "| {what} | {plain_ms:.0f} | {recorded_ms:.0f} | {ratio:.2f} | {low:.2f} to {high:.2f} | {rounds} |"
+    print(*(line.format(**row) for row in rows), sep="\n")
+    return rows
+
+
+def generated(what: str, pairs: list[tuple[float, float, float]]) -> dict[str, Any]:
+    one, other, ratios = zip(*pairs, strict=True)
+    ratio, low, high = interval(ratios)
+    middle = {"plain_ms": statistics.median(one), "recorded_ms": statistics.median(other)}
+    return {"what": what, **middle, "ratio": ratio, "low": low, "high": high, "rounds": len(pairs)}
+
+
+def interval(values: Any) -> tuple[float, float, float]:
+    """The median and an interval that holds it in at least 95% of cases whatever the distribution: two order statistics.
+
+    The k-th smallest and k-th largest of n, with the largest k for which both miss it with a chance of at most 5%, by the
+    binomial distribution. Under six values there is no such k, and it is all of them.
+    """
+    ordered, n = sorted(values), len(values)
+    below, k = 0.0, 0  # the chance that fewer than k + 1 of n fall below the median
+    while (below := below + comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    k = max(k, 1)
+    return statistics.median(ordered), ordered[k - 1], ordered[n - k]
+
+
+# --- not recording -------------------------------------------------------------------------------------------------------
+
+
+def off(rounds: int) -> list[dict[str, Any]]:
+    """A model that was attached and left, and one inside an `attach` of nothing, beside a copy that never was; and, to show
+    what noise looks like, a copy beside another copy.
+    """
+    import torch
+
+    from kimi_vl_ref import load
+    from workbench.tape import attach
+
+    net, _ = load("study")
+    never, left = copy.deepcopy(net), copy.deepcopy(net)
+    ids = torch.randint(700, (1, 512), generator=torch.Generator().manual_seed(1))
+
+    def prompt(model: Any) -> Any:
+        return model.logits(model(ids))
+
+    def steps(model: Any) -> Any:
+        cache = model.new_cache(1)
+        return torch.stack([model.logits(model(ids[:, at : at + 1], cache=cache)) for at in range(32)])
+
+    def inside(model: Any, work: Callable[[Any], Any]) -> Any:
+        with attach(model):
+            return work(model)
+
+    with torch.inference_mode():
+        with attach(left, read=["decoder.**"], edit={"decoder.layers.*": lambda stream, site: stream}):
+            prompt(left)
+        rows = []
+        for work, what in ((prompt, "a prompt of 512 tokens"), (steps, "32 single tokens")):
+            others = {
+                "a copy that never was": lambda work=work: work(never),
+                "attached everywhere, and left": lambda work=work: work(left),
+                "inside attach(model)": lambda work=work: inside(left, work),
+            }
+            expected = work(net)
+            for name, run in others.items():
+                bits = torch.equal(run(), expected)
+                ratio, low, high = interval([one[2] for one in alternate(lambda work=work: work(net), run, rounds)])
+                rows.append({"work": what, "what": name, "same_bits": bits, "ratio": ratio, "low": low, "high": high})
+    print("| off | work | same bits | ratio | 95% interval |\n|---|---|---|---|---|")
+    for row in rows:
+        bits = "yes" if row["same_bits"] else "NO"
+        print("| {what} | {work} | {bits} | {ratio:.3f} | {low:.3f} to {high:.3f} |".format(bits=bits, **row))
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--way", help="only this way (in this process)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser = argparse.ArgumentParser(description="What looking inside costs, as tables.")
+    parser.add_argument("--only", nargs="+", choices=("off", "answers", "forward"), default=["off", "answers", "forward"])
+    parser.add_argument("--way", help="only this way of a forward pass, in this process")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(ROUNDS))
+    parser.add_argument("--rounds", type=int, help="of every way and length; default: fewer for longer texts")
     parser.add_argument("--json", help="also write the figures to this file")
     given = parser.parse_args()
     if given.way:
-        print(json.dumps(asdict(measure(given.way, given.tokens[0], given.rounds))))
+        print(json.dumps(measure(given.way, given.tokens[0], given.rounds or ROUNDS.get(given.tokens[0], 3))))
         return
-    rows: list[dict[str, Any]] = []
-    print("| way | tokens | plain, ms | recorded, ms | ratio | peak memory, MB |\n|---|---|---|---|---|---|")
-    for way in WAYS:
-        for tokens in given.tokens:
-            command = [sys.executable, "-m", "benchmarks.recording", "--way", way, "--tokens", str(tokens)]
-            done = subprocess.run([*command, "--rounds", str(given.rounds)], capture_output=True, text=True)
-            if done.returncode:
-                last = done.stderr.strip().split("\n")[-1][:160] if done.stderr else f"ended by signal {-done.returncode}"
-                print(f"| {way} | {tokens} | not measured: {last} | | | |", flush=True)
-                rows.append({"way": way, "tokens": tokens, "error": last})
-                continue
-            one = json.loads(done.stdout.strip().split("\n")[-1])
-            rows.append(one)
-            figures = f"{one['plain_ms']:.0f} | {one['recorded_ms']:.0f} | {one['ratio']:.2f} | {one['peak_mb']:.0f}"
-            print(f"| {way} | {tokens} | {figures} |", flush=True)
-    whole = generation(given.rounds)
-    print("\n| generation | plain, ms | recorded, ms | ratio |\n|---|---|---|---|")
-    for one in whole:
-        print(f"| {one['what']} | {one['plain_ms']:.0f} | {one['recorded_ms']:.0f} | {one['ratio']:.2f} |")
+    started = time.time()
+    tables: dict[str, Any] = {}
+    for name in given.only:
+        tables[name] = {
+            "off": lambda: off(given.rounds or 21),
+            "answers": lambda: answers(given.rounds or 11),
+            "forward": lambda: forward(given.tokens, given.rounds),
+        }[name]()
+        print(flush=True)
     about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
+    about["threads"] = os.environ.get("OMP_NUM_THREADS", about["cores"])
     for name in ("torch", "transformers", "nnsight", "transformer-lens"):
         try:
             about[name] = version(name)
         except PackageNotFoundError:
             about[name] = "not installed"
-    print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + f"; {time.time() - started:.0f} s in all")
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
-            json.dump({"about": about, "forward": rows, "generation": whole}, file, indent=2)
+            json.dump({"about": about, **tables}, file, indent=2)
             file.write("\n")
 
 

@@ -282,7 +282,7 @@ def test_what_is_kept_of_attention_by_size() -> None:
     study = {"layers": 5, "heads": 6, "roles": 6, "other": 1_000_000}
     real = {"layers": 27, "heads": 16, "roles": 7, "other": 9_000_000}
 
-    def heads_and_rows(detail: str = "default", **sizes: int) -> tuple[bool, bool, int]:
+    def heads_and_rows(detail: str = "default", **sizes: Any) -> tuple[bool, bool, int]:
         found = kept.attention_kept(**sizes, detail=detail)
         return found.each, found.steps, found.rows
 
@@ -301,6 +301,39 @@ def test_a_picture_of_many_pixels_is_kept_as_the_model_saw_it(monkeypatch: pytes
     assert small.image.size == (140, 98) and small.grid == seen and kept.picture_kept(large, "full") is large
     assert small.image.tobytes() == large.image.resize((140, 98), Image.Resampling.BICUBIC).tobytes()
     assert kept.picture_kept(Picture(picture(999, 1000), seen), "default").image.size == (999, 1000)
+
+
+# --- what it costs in memory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calls", [1, 8, 16, 64])
+def test_a_recorder_holds_the_same_bytes_for_every_token(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly: memory that a view keeps alive is counted whole, so nothing of T x T and no query of a long question hides."""
+    monkeypatch.setattr(recorder, "JOINED", 4)
+    monkeypatch.setattr(recorder, "PROMPT_ROWS", 7)
+    held, cache, text = recorder.Recorder(MODEL), MODEL.new_cache(1), MODEL.config.text
+    with attach(MODEL, read=held.keeps()), torch.inference_mode():
+        MODEL(torch.arange(50)[None], cache=cache)
+        for token in range(calls - 1):
+            MODEL(torch.tensor([[token]]), cache=cache)
+    layers, routed = text.num_hidden_layers, text.num_hidden_layers - 1
+    queries = 4 * layers * text.num_attention_heads * text.qk_head_dim  # float32
+    routing = routed * (4 * text.n_routed_experts + (8 + 4) * text.num_experts_per_tok)  # scores, experts' numbers, weights
+    assert held.nbytes == (50 + calls - 1) * routing + (7 + calls - 1) * queries
+
+
+def test_a_run_takes_the_same_bytes_for_every_token_written(run: Run) -> None:
+    def held(one: Run) -> int:
+        return sum(getattr(one, name).nbytes for name in ARRAYS)
+
+    text, (experts, top_k) = MODEL.config.text, (run.n_experts, run.chosen.shape[2])
+    routing = 2 * len(run.moe_layers) * (experts + 2 * top_k)
+    attention = 2 * text.num_hidden_layers * text.num_attention_heads * (len(run.positions("image")) + len(run.role_names))
+    for tokens in (24, 48):
+        longer = recorded(tokens=tokens)
+        assert longer.role_names == run.role_names
+        assert held(longer) - held(run) == (len(longer.token_ids) - len(run.token_ids)) * (3 * 4 + routing + attention)
+        assert len(longer.token_ids) == len(run.token_ids) + tokens - 12
 
 
 # --- changes -------------------------------------------------------------------------------------------------------------
@@ -492,11 +525,13 @@ path, seen = Path(sys.argv[1]), set()
 random.seed(0)
 write(path, "save 0", {"numbers": np.full(1 << 20, 0, np.int32)})
 for turn in range(40):
-    writer = os.fork()
+    before, writer = set(path.parent.iterdir()), os.fork()
     while writer == 0:
         seen.add(len(seen))
         write(path, f"save {len(seen)}", {"numbers": np.full(1 << 20, len(seen), np.int32)})
     time.sleep(random.uniform(0, 0.04))
+    while turn % 2 and set(path.parent.iterdir()) == before:
+        pass  # until a save is under way, however busy the machine
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     text, arrays = read(path)  # refuses what is not whole

@@ -197,8 +197,9 @@ def fingerprint(model: nn.Module) -> str:
     """12 hex digits that tell weights apart: names, shapes and 64 values spread over every tensor."""
     tensors = sorted(model.state_dict(keep_vars=True).items())
     samples = [tensor.flatten()[:: max(1, tensor.numel() // 64)] for _, tensor in tensors]
-    values = torch.cat(samples).double().cpu().split([len(sample) for sample in samples])  # to the host at once
+    values, at = torch.cat(samples).double().cpu().numpy(), 0  # to the host at once
     digest = hashlib.sha256()
-    for (name, tensor), sample in zip(tensors, values, strict=True):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    for (name, tensor), sample in zip(tensors, samples, strict=True):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + values[at : at + sample.shape[0]].tobytes())
+        at += sample.shape[0]
     return digest.hexdigest()[:12]

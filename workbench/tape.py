@@ -170,9 +170,7 @@ class _Session:
         self.tape.planned = None if expect is None else plan.cost(expect, limit)
         self.tape._read = {name: [] for name in plan.keeps}
         self.tape._where = {name: [] for name in plan.by_position}
-        # only inputs hold weights, such as the up-projection that an attention core is given
-        inputs = any(name.endswith("@in") for name in plan.keeps)
-        self.tape._spent = Spent(plan.model.state_dict().values() if inputs else ())
+        self.weights_known = False
         self.calls = dict.fromkeys([*plan.swaps, *plan.watched], 0)
         self.presence = Presence([f"swap {name}" for name in plan.swaps] + [f"edit {name}" for name in plan.edits])
         self.handles: list[Any] = []
@@ -282,6 +280,10 @@ class _Session:
     def _append(self, name: str, value: Any) -> None:
         spent, entries = self.tape._spent, self.tape._read[name]
         if value is not None:  # a keep= that took it elsewhere leaves None
+            if not self.weights_known and name.endswith("@in"):
+                # only inputs hold weights, such as the up-projection that an attention core is given
+                spent.seen |= Spent(self.plan.model.state_dict().values()).seen
+                self.weights_known = True
             spent.add(value)
         if self.limit is not None and spent.total > self.limit:
             raise refuse(f"{self.plan.reading} comes to {human(spent.total)} at call {len(entries)} of {name}", self.limit)
