@@ -78,7 +78,7 @@ def test_demo_starts_the_page_with_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: {"demos.app": page}[name])
     port = free_port()
     assert cli.main(["demo", "--model", "folder", "--host", "0.0.0.0", "--port", port]) == 0
-    assert calls == [{"model": "folder", "host": "0.0.0.0", "port": int(port)}]
+    assert calls == [{"model": "folder", "against": None, "host": "0.0.0.0", "port": int(port)}]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
