@@ -86,12 +86,13 @@ def figure(found: dict[int, dict[str, int]]) -> Figure:
         axes.plot([*found], [value / 1e6 for value in values], marker, color=colour, label=label)
         ends = np.array([0, max(found)])
         axes.plot(ends, (slope * ends + start) / 1e6, color=colour, linewidth=1)
-    axes.set(xlabel="tokens of the run, prompt included", ylabel="MB", xlim=(0, None), ylim=(0, None))
+    top = max(one[name] for one in found.values() for name in MEASURES) / 1e6
+    axes.set(xlabel="tokens of the run, prompt included", ylabel="MB", xlim=(0, None), ylim=(0, 1.4 * top))  # room for names
     axes.set_xticks([*found][2:])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    axes.set_title("What recording holds grows by the same bytes for every token", loc="left", fontsize=11)
-    drawn.text(0.995, 0.005, "study model: 5 layers of 6 heads, 36 visual tokens", ha="right", fontsize=7, color="0.35")
+    title = "What recording holds grows by the same bytes for every token"
+    axes.set_title(f"{title}\nstudy model: 5 layers of 6 heads, rows over 36 visual tokens", loc="left", fontsize=10)
     return drawn
 
 
