@@ -279,8 +279,8 @@ def test_five_hundred_tokens_about_1024_visual_tokens_of_the_real_model_stay_und
 
 
 def test_what_is_kept_of_attention_by_size() -> None:
-    study = {"layers": 5, "heads": 6, "roles": 6, "other": 1_000_000}
-    real = {"layers": 27, "heads": 16, "roles": 7, "other": 9_000_000}
+    study: dict[str, Any] = {"layers": 5, "heads": 6, "roles": 6, "other": 1_000_000}
+    real: dict[str, Any] = {"layers": 27, "heads": 16, "roles": 7, "other": 9_000_000}
 
     def heads_and_rows(detail: str = "default", **sizes: Any) -> tuple[bool, bool, int]:
         found = kept.attention_kept(**sizes, detail=detail)
