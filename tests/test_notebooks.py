@@ -34,6 +34,7 @@ def test_a_notebook_keeps_to_the_shape_of_the_course(path):
     assert "begin(" in code[0].source and "weights:" in str(code[0].outputs)
     assert all(cell.source.count("\n") < 10 for cell in code), "a cell of more than ten lines"
     assert all(cell.execution_count for cell in code), "committed without having been run"
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs), "no figure was drawn"
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
     assert text.count("## Exercise") == 2 and "What would prove this wrong" in text and "## Papers" in text
     assert sum("solution" in cell.metadata.get("tags", []) for cell in code) >= 2

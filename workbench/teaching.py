@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from kimi_vl_ref import Chat, KimiVL, load
+from workbench.analyses.given import name_of
 from workbench.runs import fingerprint
 
 SHOWN = ("torch", "transformers", "captum", "matplotlib")
@@ -29,8 +31,7 @@ def begin(source: str = "study", seed: int = 0) -> tuple[KimiVL, Chat]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, chat = load(source, device=device)
     size = sum(p.numel() for p in model.parameters())
-    name = "study model" if source == "study" else Path(source).name
-    print(f"weights: {name} ({fingerprint(model)}), {size / 1e6:,.1f} M parameters, {model.logits.weight.dtype}")
+    print(f"weights: {name_of(source)} ({fingerprint(model)}), {size / 1e6:,.1f} M parameters, {model.logits.weight.dtype}")
     print(f"device: {device}; python {sys.version.split()[0]}; {'; '.join(filter(None, map(_version, SHOWN)))}")
     return model, chat
 
@@ -55,8 +56,6 @@ def execute(path: Path, out: Path | None = None) -> float:
 
     Raises nbclient's CellExecutionError with the traceback of the first cell that fails; the file is then as before.
     """
-    import time
-
     import nbformat
     from nbclient import NotebookClient
 

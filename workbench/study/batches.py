@@ -24,6 +24,7 @@ from .scenes import LEVELS, Scene, scene
 from .views import Album, View
 
 Grids = list[tuple[int, int]]
+ANY_LEVEL = ("needle",)  # kinds shown at every level all the time: the longest cost most and teach no more
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class Mix:
     levels: tuple[str, ...] = ("full",)  # walked through in equal parts of the stage
     questions: int = 6
     second_turn: float = 0.15  # share of branches that go on with a second question
-    any_level: tuple[str, ...] = ("needle",)  # kinds of every level all the time: their longest cost most and teach no more
     cut: float = 0.1  # share of thoughts that are cut off and answered as they stand, as a thought budget does
 
 
@@ -73,7 +73,7 @@ def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample
         # mostly the level that is due, sometimes an easier one so that nothing is forgotten
         level = mix.levels[upto if rng.random() < 0.75 else rng.randint(0, upto)]
         kind = rng.choices(kinds, shares)[0]
-        if kind in mix.any_level:
+        if kind in ANY_LEVEL:
             level = rng.choice(list(LEVELS))
         if kind in families.DRAWN:
             pictures, asked = families.drawn(kind, seed, "train", level)

@@ -255,8 +255,7 @@ def haystack(model: KimiVL, chat: Chat, scenes: int = 100, split: str = "report"
                 pairs.append((album, asked[seed % 2]))  # the number that a name has, and the name that a number has
             replies = ask(model, chat, pairs, batch=20)
             hits = [question.check(answer) for (_, question), (_, answer) in zip(pairs, replies, strict=True)]
-            others = [answer for _, answer in replies[2:] + replies[:2]]
-            astray = sum(question.check(answer) for (_, question), answer in zip(pairs, others, strict=True))
+            astray = count_right(pairs, replies[2:] + replies[:2])
             shares[share, variant] = sum(hits) / scenes
             depths = {f"depth {(d + 0.5) / 5:.1f}": f"{100 * sum(hits[d::5]) / len(hits[d::5]):.0f}" for d in range(5)}
             tokens = sum(len(chat.prompt(messages(*pair)).input_ids) for pair in pairs[:10]) / 10

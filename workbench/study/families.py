@@ -64,7 +64,8 @@ def _normal(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _placed(objects: Iterable[Obj]) -> str:
+def placed(objects: Iterable[Obj]) -> str:
+    """Each with its place, in the order given: what `count`, `relation` and comparisons list."""
     return ", ".join(f"{o.name} {o.zone}" for o in objects)
 
 
@@ -73,7 +74,7 @@ def _placed(objects: Iterable[Obj]) -> str:
 
 def describe(scene: Scene, rng: random.Random) -> Question | None:
     text = rng.choice(("list everything.", "what is in the picture?", "describe the picture."))
-    parts = [f"{o.name} {o.zone}" for o in scene.objects] + [f"number {scene.number}"] * bool(scene.number)
+    parts = [placed(scene.objects)] * bool(scene.objects) + [f"number {scene.number}"] * bool(scene.number)
     boxes = tuple(o.box for o in scene.objects) + scene.digit_boxes
     return Question("describe", text, "", ", ".join(parts), boxes, "describe", scene.size)
 
@@ -129,7 +130,7 @@ def count(scene: Scene, rng: random.Random, wanted: int | None = None) -> Questi
     plural = f"{c} {PLURALS[s] if s else 'things'}".strip()
     text = rng.choice(("how many {}?", "count the {}.", "how many {} are there?")).format(plural)
     answer = str(len(found))
-    thought = f"{_placed(found) or 'none'}, so {answer}"
+    thought = f"{placed(found) or 'none'}, so {answer}"
     return Question("count", text, thought, answer, tuple(o.box for o in found), "count", scene.size)
 
 
@@ -207,7 +208,7 @@ def relation(scene: Scene, rng: random.Random) -> Question | None:
     words = ("what is {} the {}?", "which thing is {} the {}?", "name the thing {} the {}.")
     text = rng.choice(words).format(direction, o.name)
     answer = other.name if other else "nothing"
-    thought = f"{_placed((o, other))}, so {answer}" if other else f"{_placed((o,))}, so nothing"
+    thought = f"{placed((o, other))}, so {answer}" if other else f"{placed((o,))}, so nothing"
     boxes = (other.box, o.box) if other else (o.box,)
     return Question("relation", text, thought, answer, boxes, "relation", scene.size)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,6 +162,11 @@ def clear_of_zone_lines(x: float, y: float, width: int, height: int) -> bool:
     return min(across, abs(y - height / 3), abs(y - 2 * height / 3)) >= ZONE_MARGIN
 
 
+def in_reading_order(objects: Iterable[Obj]) -> tuple[Obj, ...]:
+    """By zone, then from left to right."""
+    return tuple(sorted(objects, key=lambda o: (ZONES.index(o.zone), o.centre)))
+
+
 def has_distractors(target: Obj, objects: tuple[Obj, ...]) -> bool:
     """True if neither colour nor shape alone tells the target from the other objects."""
     same_colour = any(o.colour == target.colour and o.shape != target.shape for o in objects)
@@ -232,7 +238,7 @@ def _lay_out(rng: random.Random, level: Level, kind: str) -> _Layout | None:
         taken.append(box)
         zone = zone_of((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, width, height)
         objects.append(Obj(colour, shape, box, zone))
-    objects = tuple(sorted(objects, key=lambda o: (ZONES.index(o.zone), o.centre)))
+    objects = in_reading_order(objects)
     hard = any(is_unique(o, objects) and has_distractors(o, objects) for o in objects)
     if (kind == "distractors" and not hard) or not (objects or glyphs):
         return None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..drawing import paper
-from ..families import PLURALS, Question
-from ..scenes import COLOURS, SHAPES, ZONES, Obj, content_key
+from ..families import PLURALS, Question, placed
+from ..scenes import COLOURS, SHAPES, Obj, content_key, in_reading_order
 from ..views import Album, Box
 from .place import free_box, in_split, level_of, other, pick, show, thing, tint
 
@@ -109,15 +108,9 @@ def _countable(pages: Pages) -> list[tuple[str, list[list[Obj]]]]:
     return countable
 
 
-def _placed(objects: Sequence[Obj]) -> str:
-    """Everything with its place, in reading order, as `describe` and `count` list it."""
-    ordered = sorted(objects, key=lambda o: (ZONES.index(o.zone), o.centre))
-    return ", ".join(f"{o.name} {o.zone}" for o in ordered)
-
-
 def _counts(numbers: list[int], found: list[list[Obj]]) -> str:
     """What counts in each picture, one by one and then as a number: as for `count`, so that one skill serves both."""
-    return ", ".join(f"picture {k + 1}: {_placed(found[k]) or 'none'}, so {len(found[k])}" for k in numbers)
+    return ", ".join(f"picture {k + 1}: {placed(in_reading_order(found[k])) or 'none'}, so {len(found[k])}" for k in numbers)
 
 
 def _answer(family: str, pages: Pages, at: int, text: str, thought: str, key: str, boxes: list[Obj]) -> Question:
@@ -196,6 +189,6 @@ def _list(rng: random.Random, pages: Pages, n: int) -> list[Question]:
     for at in rng.sample(range(len(pages)), n):
         text = rng.choice(("what is in picture {}?", "list everything in picture {}.", "describe picture {}.")).format(at + 1)
         page, boxes = pages[at], tuple(o.box for o in pages[at].objects)
-        answer = _placed(page.objects) or "nothing"
+        answer = placed(in_reading_order(page.objects)) or "nothing"
         asked.append(Question("compare", text, "", answer, boxes, "list", (page.width, page.height)))
     return asked

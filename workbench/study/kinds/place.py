@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..drawing import blend, print_text, shape_ink, text_extents
-from ..scenes import GAP, PALETTE, SPLITS, ZONES, Obj, clear_of_zone_lines, split_of_content, zone_of
+from ..scenes import GAP, PALETTE, SPLITS, Obj, clear_of_zone_lines, in_reading_order, split_of_content, zone_of
 from ..views import Box, View
 
 T = TypeVar("T")
@@ -113,5 +113,4 @@ def show(
         objects.append(o)
     for text, x, y, size in prints:
         glyphs += print_text(canvas, x, y, text, size, list(dark))
-    objects.sort(key=lambda o: (ZONES.index(o.zone), o.centre))
-    return View(Image.fromarray(canvas.reshape(len(canvas), -1, 3)), tuple(objects), tuple(glyphs))
+    return View(Image.fromarray(canvas.reshape(len(canvas), -1, 3)), in_reading_order(objects), tuple(glyphs))

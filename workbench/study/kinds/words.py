@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..drawing import blend, paper, print_text, shape_ink, text_extents
 from ..families import Question
-from ..scenes import COLOURS, GAP, PALETTE, SHAPES, ZONES, Obj, split_of_content, zone_of
+from ..scenes import COLOURS, GAP, PALETTE, SHAPES, Obj, in_reading_order, split_of_content, zone_of
 from ..views import Album, Box, View
 from .written import dark_ink, free_box, start, varied
 
@@ -76,7 +76,7 @@ def _objects(rng: random.Random, n: int, width: int, height: int, word: Box) -> 
             taken.append(box)
             zone = zone_of((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, width, height)
             objects.append(Obj(rng.choice(COLOURS), rng.choice(SHAPES), box, zone))
-    return tuple(sorted(objects, key=lambda o: (ZONES.index(o.zone), o.centre)))
+    return in_reading_order(objects)
 
 
 def _questions(rng: random.Random, word: str, boxes: tuple[Box, ...], size: tuple[int, int]) -> list[Question]:
