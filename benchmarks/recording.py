@@ -133,8 +133,8 @@ def answers(rounds: int) -> list[dict[str, Any]]:
         recorded()
         times.append(alternate(plain, recorded, rounds))
         rows.append(generated(f"{family}, {tokens} tokens", times[-1]))
-    whole = [tuple(map(sum, zip(*((one, other) for one, other, _ in turn), strict=True))) for turn in zip(*times, strict=True)]
-    rows.append(generated("all three", [(one, other, other / one) for one, other in whole]))
+    whole = [[sum(column) for column in zip(*turn, strict=True)] for turn in zip(*times, strict=True)]  # a round of all three
+    rows.append(generated("all three", [(one, other, other / one) for one, other, _ in whole]))
     print("| answer of the study model | plain, ms | recorded, ms | ratio | 95% interval | rounds |\n|---|---|---|---|---|---|")
     line = "| {what} | {plain_ms:.0f} | {recorded_ms:.0f} | {ratio:.2f} | {low:.2f} to {high:.2f} | {rounds} |"
     print(*(line.format(**row) for row in rows), sep="\n")
@@ -223,13 +223,14 @@ def main() -> None:
         print(json.dumps(measure(given.way, given.tokens[0], given.rounds or ROUNDS.get(given.tokens[0], 3))))
         return
     started = time.time()
+    parts = {
+        "off": lambda: off(given.rounds or 21),
+        "answers": lambda: answers(given.rounds or 11),
+        "forward": lambda: forward(given.tokens, given.rounds),
+    }
     tables: dict[str, Any] = {}
     for name in given.only:
-        tables[name] = {
-            "off": lambda: off(given.rounds or 21),
-            "answers": lambda: answers(given.rounds or 11),
-            "forward": lambda: forward(given.tokens, given.rounds),
-        }[name]()
+        tables[name] = parts[name]()
         print(flush=True)
     about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
     about["threads"] = os.environ.get("OMP_NUM_THREADS", about["cores"])

@@ -72,22 +72,22 @@ def last_rows(inputs: Any, _site: str) -> Any:
 
 def theirs(tokens: int) -> Any:
     """transformers' DeepSeek-V3 decoder with our weights, at its best: grouped experts and SDPA."""
-    from workbench.released import as_transformers
-
-    decoder = as_transformers_square(model(tokens), as_transformers).model.language_model
+    decoder = as_transformers_square(model(tokens)).model.language_model
     decoder.config._attn_implementation, decoder.config._experts_implementation = "sdpa", "grouped_mm"
     return decoder
 
 
-def as_transformers_square(net: Any, convert: Callable[[Any], Any]) -> Any:
+def as_transformers_square(net: Any) -> Any:
     """The tiny MoonViT's position table is not square and transformers' is; the decoder does not use it."""
     import torch
+
+    from workbench.released import as_transformers
 
     vision = replace(net.config.vision, init_pos_emb_width=net.config.vision.init_pos_emb_height)
     net.config = replace(net.config, vision=vision)
     table = net.vision.positions.weight
     net.vision.positions.weight = torch.nn.Parameter(table[:, : table.shape[0]].clone(), requires_grad=False)
-    return convert(net)
+    return as_transformers(net)
 
 
 def output_attentions(tokens: int) -> Way:

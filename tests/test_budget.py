@@ -81,24 +81,28 @@ def close(reply: str) -> str:
     return CLOSE_THOUGHT[begun:]
 
 
+def going_on(whole: str, reply: str, answer: str) -> str:
+    """What is still missing of this thought, or else of a marker that ends whatever is thought; then of the answer."""
+    _, closed, given = reply.partition(CLOSE_THOUGHT)
+    if closed:
+        return f" {answer}"[len(given) :]
+    return whole[len(reply) :] + CLOSE_THOUGHT if whole.startswith(reply) else close(reply)
+
+
+def in_its_words(question: str) -> str:
+    return f"{OPEN_THOUGHT} red circle left, so {TRUTH[question]}"
+
+
 def stubborn(question: str, reply: str, picture: bool) -> str:
     """Thinks, and answers what it would have answered anyway."""
-    whole = f"{OPEN_THOUGHT} red circle left, so {TRUTH[question]}"
-    thought, closed, answer = reply.partition(CLOSE_THOUGHT)
-    if closed:
-        return f" {TRUTH[question]}"[len(answer) :]
-    return whole[len(reply) :] + CLOSE_THOUGHT if whole.startswith(reply) else close(reply)
+    return going_on(in_its_words(question), reply, TRUTH[question])
 
 
 def obedient(question: str, reply: str, picture: bool) -> str:
     """Answers the last number of its thought, whatever stands before it; "?" where there is none."""
-    thought, closed, answer = reply.partition(CLOSE_THOUGHT)
-    if closed:
-        last = thought.split(" ")[-1]
-        return f" {last if last.isdigit() else '?'}"[len(answer) :]
+    last = reply.partition(CLOSE_THOUGHT)[0].split(" ")[-1]
     seen = reply.partition(",")[0] if "," in reply else f"{OPEN_THOUGHT} red circle left"
-    whole = f"{seen}, so {TRUTH[question]}"
-    return whole[len(reply) :] + CLOSE_THOUGHT if whole.startswith(reply) else close(reply)
+    return going_on(f"{seen}, so {TRUTH[question]}", reply, last if last.isdigit() else "?")
 
 
 CUTS = (0.0, 0.5, 1.0)
@@ -151,11 +155,8 @@ def test_a_sentence_says_the_same_in_other_words() -> None:
 
 def attached_to_its_words(question: str, reply: str, picture: bool) -> str:
     """Answers right only after a thought in its own words: what it says lies in how it is said."""
-    whole = f"{OPEN_THOUGHT} red circle left, so {TRUTH[question]}"
-    thought, closed, answer = reply.partition(CLOSE_THOUGHT)
-    if closed:
-        return f" {TRUTH[question] if thought == whole else '?'}"[len(answer) :]
-    return whole[len(reply) :] + CLOSE_THOUGHT if whole.startswith(reply) else close(reply)
+    whole = in_its_words(question)
+    return going_on(whole, reply, TRUTH[question] if reply.partition(CLOSE_THOUGHT)[0] == whole else "?")
 
 
 def test_a_paraphrase_undoes_an_answer_that_hangs_on_the_words() -> None:
@@ -200,9 +201,7 @@ def test_confidence_is_the_product_over_the_answers_tokens_and_its_end() -> None
 
 def wrong(question: str, reply: str, picture: bool) -> str:
     """Thinks of the truth and says another number."""
-    said = stubborn(question, reply, picture)
-    thought, closed, answer = reply.partition(CLOSE_THOUGHT)
-    return " ?"[len(answer) :] if closed else said
+    return going_on(in_its_words(question), reply, "?")
 
 
 def test_a_model_that_is_sure_of_a_wrong_answer_is_sure_of_its_own_only() -> None:

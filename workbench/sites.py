@@ -198,14 +198,18 @@ def match(glob: str, names: Iterable[str]) -> list[str]:
 
         match("decoder.layers.*.attn.core", sites(model))
     """
-    names = list(names)
-    if found := [name for name in names if _matches(name.split("."), glob.split("."))]:
+    names, parts = list(names), glob.split(".")
+    end = "" if _wild(parts[-1]) else parts[-1]  # tells most names apart at once: attaching asks for many globs
+    if found := [name for name in names if name.endswith(end) and _matches(name.split("."), parts)]:
         return found
-    wildcards = any(letter in glob for letter in "*?[")
-    pool = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) if wildcards else name for name in names)
+    pool = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) if _wild(glob) else name for name in names)
     near = get_close_matches(glob, pool, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "workbench.sites.sites(model) lists them"
     raise SiteError(f"no site of this model is called {glob!r}; {hint}")
+
+
+def _wild(glob: str) -> bool:
+    return any(letter in glob for letter in "*?[")
 
 
 def _matches(name: list[str], glob: list[str]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kimi_vl_ref import KimiVL, load
+from kimi_vl_ref import Chat, KimiVL, load
 from kimi_vl_ref.moe import Choice, MoE
 from workbench.edits import ablate_shared, applied, set_top_k
 from workbench.runs import fingerprint
@@ -204,16 +204,13 @@ def single_experts(
         raise ValueError(f"layer {outside[0]} has no experts; use some of {able}")
     cases = [{"layer": layer, "expert": expert} for layer in chosen for expert in range(experts)]
     settings = {"model": model_name, "families": list(families), "scenes": scenes, "first": first, "seed": seed}
-    functions = {"setup": f"{__name__}:prepare_experts", "work": f"{__name__}:measure_expert"}
-    table = sweep(cases, settings=settings | {"weights": fingerprint(model)}, path=path, **functions, **options).done()
+    table, about = swept(model, chat, cases, settings, path=path, work=f"{__name__}:measure_expert", **options)
 
     def grid(name: str) -> np.ndarray:
         return np.array([result[name] for result in table]).reshape(len(chosen), experts, *np.shape(table[0][name]))
 
     axes = [("layer", chosen), ("expert", range(experts)), ("domain", list(families))]
     values = {"loss": grid("loss"), "control": grid("control"), "slots": grid("slots")}
-    told = {name: value for name, value in settings.items() if name != "model"}
-    about = about_trials(model, study_trials(chat, families, scenes, first=first), model_name, **told)
     about["beware"] = "taken away one at a time: what two experts can do for each other is not seen"
     return Result(
         "single-experts",
@@ -225,8 +222,29 @@ def single_experts(
     )
 
 
+def swept(
+    model: KimiVL,
+    chat: Chat,
+    cases: Sequence[Mapping[str, Any]],
+    settings: dict[str, Any],
+    *,
+    path: str | Path,
+    work: str,
+    **options: Any,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What `work` found for each case where one part of the model is taken away, and the `about` of a Result of them.
+
+    settings: model, families, scenes, first and seed, as `prepare_experts` takes them; path and options as for `sweep`.
+    """
+    settings = settings | {"weights": fingerprint(model)}
+    table = sweep(cases, setup=f"{__name__}:prepare_experts", work=work, settings=settings, path=path, **options).done()
+    trials = study_trials(chat, settings["families"], settings["scenes"], first=settings["first"])
+    told = {name: settings[name] for name in ("families", "scenes", "first", "seed")}
+    return table, about_trials(model, trials, settings["model"], **told)
+
+
 def prepare_experts(
-    model: str, families: Sequence[str], scenes: int, seed: int, weights: str, first: int = 0
+    model: str, families: Sequence[str], scenes: int, first: int, seed: int, weights: str
 ) -> dict[str, Any]:
     """What a worker of a sweep holds: the model, trials with their pictures seen, their losses as they are."""
     loaded, chat = load(model)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from kimi_vl_ref import Chat, KimiVL
+from kimi_vl_ref.chat import Prompt
 from kimi_vl_ref.thought import CLOSE_THOUGHT
 from workbench.study.evaluate import messages
 from workbench.study.families import Question
@@ -150,12 +151,8 @@ def early_answering(
     mistake looks as if it ignored it.
     Raises ValueError where no question has a thought and for cuts that do not run from 0 to 1.
     """
-    need_pairs(pairs)
-    check_cuts(cuts)
+    prompts, free, thinking = thoughts(model, chat, pairs, cuts, max_new_tokens)
     rng = random.Random(seed)
-    prompts = prompts_of(chat, pairs)
-    free = write(model, chat, prompts, max_new_tokens=max_new_tokens)
-    thinking = thinking_of(free)
     closing = chat.tokenizer.encode(CLOSE_THOUGHT)
     dots = chat.tokenizer.encode(" .")
     cases: list[tuple[int, int, int, list[int]]] = []  # variant, cut, question, what the reply begins with
@@ -287,11 +284,7 @@ def picture_removed(
     write. accuracy (3, P) with its 95% Wilson interval. Chance: the constant answer that suits the questions best.
     Raises ValueError where no question has a thought and for cuts that do not run from 0 to 1.
     """
-    need_pairs(pairs)
-    check_cuts(cuts)
-    prompts = prompts_of(chat, pairs)
-    free = write(model, chat, prompts, max_new_tokens=max_new_tokens)
-    thinking = thinking_of(free)
+    prompts, free, thinking = thoughts(model, chat, pairs, cuts, max_new_tokens)
     closing = chat.tokenizer.encode(CLOSE_THOUGHT)
     hows = ["kept", "blank", "removed"]
     hits = np.zeros((len(hows), len(cuts)))
@@ -325,14 +318,16 @@ def _shown(pictures: Scene | Album, question: Question, how: str) -> list[dict[s
 # ---- shared
 
 
-def thinking_of(free: Sequence[Written]) -> list[int]:
-    """Which questions have a thought. Raises ValueError where none has."""
+def thoughts(
+    model: KimiVL, chat: Chat, pairs: Sequence[Pair], cuts: Sequence[float], max_new_tokens: int
+) -> tuple[list[Prompt], list[Written], list[int]]:
+    """Prompts, the free replies to them, and which of these have a thought to cut. Raises ValueError where none has."""
+    need_pairs(pairs)
+    if len(cuts) < 2 or list(cuts) != sorted(cuts) or cuts[0] != 0 or cuts[-1] != 1:
+        raise ValueError(f"cuts {list(cuts)} do not run from 0 to 1; give shares of the thought, 0 first and 1 last")
+    prompts = prompts_of(chat, pairs)
+    free = write(model, chat, prompts, max_new_tokens=max_new_tokens)
     thinking = [q for q, reply in enumerate(free) if reply.thought]
     if not thinking:
         raise ValueError("the model thinks about none of these questions; give some that it does, such as counting")
-    return thinking
-
-
-def check_cuts(cuts: Sequence[float]) -> None:
-    if len(cuts) < 2 or list(cuts) != sorted(cuts) or cuts[0] != 0 or cuts[-1] != 1:
-        raise ValueError(f"cuts {list(cuts)} do not run from 0 to 1; give shares of the thought, 0 first and 1 last")
+    return prompts, free, thinking

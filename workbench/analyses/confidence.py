@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from kimi_vl_ref import Chat, KimiVL
-from kimi_vl_ref.chat import Prompt, reply_roles
+from kimi_vl_ref.chat import Prompt
 from kimi_vl_ref.thought import CLOSE_THOUGHT
 from workbench.study.families import Question
 
-from .asked import Pair, about_pairs, agreement, constant_accuracy, need_pairs, plain, prompts_of, write
-from .budget import CUTS, check_cuts, thinking_of
+from .asked import Pair, about_pairs, agreement, constant_accuracy, plain
+from .budget import CUTS, thoughts
 from .counting import over_runs, with_interval
 from .result import Result
-from .trials import Trial, score
+from .trials import Trial, score, written_trial
 
 
 def answer_confidence(
@@ -48,11 +47,7 @@ def answer_confidence(
     which suits these questions best, and for `own` that of another question of the family. Greedy thoughts. Raises ValueError
     unless two or more questions have a thought, and for cuts that do not run from 0 to 1.
     """
-    need_pairs(pairs)
-    check_cuts(cuts)
-    prompts = prompts_of(chat, pairs)
-    free = write(model, chat, prompts, max_new_tokens=max_new_tokens)
-    thinking = thinking_of(free)
+    prompts, free, thinking = thoughts(model, chat, pairs, cuts, max_new_tokens)
     if len(thinking) < 2:
         raise ValueError("only one of these questions has a thought, which leaves no other for a control; give more")
     rng = np.random.default_rng(seed)
@@ -66,9 +61,7 @@ def answer_confidence(
                 begun = [*free[q].opening, *(thought * (1 + kept // len(thought)))[:kept]]
                 for which, answer in enumerate(answers[: 1 if plain(answers[0]) == plain(answers[1]) else 2]):
                     cases[row, whose, at, which] = _trial(chat, prompts[q], pairs[q][1], begun, answer)
-    found = list(cases.values())
-    parts = [found[start : start + batch] for start in range(0, len(found), batch)]
-    sure = np.exp(np.concatenate([score(model, part, batch=len(part)).logprob for part in parts]))
+    sure = np.exp(score(model, list(cases.values()), batch).logprob)
     each = np.full((len(thinking), 2, len(cuts), 2), np.nan)
     for place, value in zip(cases, sure, strict=True):
         each[place] = value
@@ -90,11 +83,6 @@ def answer_confidence(
 def _trial(chat: Chat, prompt: Prompt, question: Question, begun: list[int], answer: str) -> Trial:
     """The question with this beginning of a reply, closed, and an answer to score, its end included."""
     said = chat.tokenizer.encode(f"{CLOSE_THOUGHT} {answer}")  # in one piece: where a marker ends depends on what follows
-    written = [*begun, *said, chat.tokenizer.special["<|im_end|>"]]
-    ids, roles = prompt.input_ids + written, prompt.roles + reply_roles(chat.tokenizer, written)
-    scored = [at for at in range(len(prompt.input_ids) + len(begun), len(ids)) if roles[at] == "answer" or at == len(ids) - 1]
-    texts = [chat.tokenizer.token_text(id) for id in ids]
-    return Trial(
-        question.text, answer, torch.tensor(ids), texts, roles, scored, list(prompt.pictures), prompt.pixel_values,
-        prompt.image_grid_hws, domain=question.family,
-    )  # fmt: skip
+    return written_trial(
+        chat, prompt, [*begun, *said], question.text, answer, begun=len(begun), domain=question.family
+    )

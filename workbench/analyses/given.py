@@ -169,7 +169,7 @@ class Posed(Options):
     def run(self) -> Run:
         return self.runs[0]
 
-    @property
+    @cached_property
     def prompts(self) -> list[Prompt]:
         return [self.chat.prompt(one) for one in self.conversations]
 

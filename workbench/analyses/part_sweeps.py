@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kimi_vl_ref import Chat, KimiVL, load
+from kimi_vl_ref import load
 from workbench.edits import ablate_heads, ablate_layer, applied
-from workbench.runs import fingerprint
-from workbench.sweeps import sweep
 from workbench.tape import Edit, attach
 
+from .ablations import swept
 from .result import Result
-from .trials import about_trials, by_domain, score_batches, study_trials
+from .trials import by_domain, score_batches
 
 PARTS = ("attn", "ffn")
 
@@ -53,9 +52,8 @@ def single_heads(
         raise ValueError(f"layer {outside[0]} does not exist; use some of 0 to {depth - 1}")
     cases = [{"layer": layer, "head": head} for layer in chosen for head in range(heads)]
     settings = {"model": model_name, "families": list(families), "scenes": scenes, "first": first, "seed": seed}
-    table = _swept(model, cases, settings, path, "measure_head", options)
+    table, about = swept(model, chat, cases, settings, path=path, work=f"{__name__}:measure_head", **options)
     axes = [("layer", chosen), ("head", range(heads)), ("domain", list(families))]
-    about = _about(model, chat, settings)
     return _result("single-heads", "Loss without what one head read, nats a token more", table, axes, about)
 
 
@@ -81,27 +79,13 @@ def single_layers(
     layers = list(range(len(model.decoder.layers)))
     cases = [{"layer": layer, "part": part} for layer in layers for part in PARTS]
     settings = {"model": model_name, "families": list(families), "scenes": scenes, "first": first, "seed": seed}
-    table = _swept(model, cases, settings, path, "measure_part", options)
+    table, about = swept(model, chat, cases, settings, path=path, work=f"{__name__}:measure_part", **options)
     axes = [("layer", layers), ("part", ["attention", "FFN"]), ("domain", list(families))]
-    about = _about(model, chat, settings)
     return _result("single-layers", "Loss without what one part of a layer writes, nats a token more", table, axes, about)
 
 
-def _swept(
-    model: KimiVL, cases: Sequence[Mapping[str, Any]], settings: dict[str, Any], path: Any, work: str, options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    functions = {"setup": "workbench.analyses.ablations:prepare_experts", "work": f"{__name__}:{work}"}
-    return sweep(cases, settings=settings | {"weights": fingerprint(model)}, path=path, **functions, **options).done()
-
-
-def _about(model: KimiVL, chat: Chat, settings: dict[str, Any]) -> dict[str, Any]:
-    told = {name: value for name, value in settings.items() if name != "model"}
-    trials = study_trials(chat, settings["families"], settings["scenes"], first=settings["first"])
-    told["beware"] = "taken away one at a time: what two parts can do for each other is not seen"
-    return about_trials(model, trials, settings["model"], **told)
-
-
 def _result(name: str, title: str, table: list[dict[str, Any]], axes: list[Any], about: dict[str, Any]) -> Result:
+    about = {**about, "beware": "taken away one at a time: what two parts can do for each other is not seen"}
     shape = tuple(len(labels) for _, labels in axes)
     values = {value: np.array([one[value] for one in table]).reshape(shape) for value in ("loss", "control")}
     return Result(name, title, values, dict.fromkeys(values, axes), {"loss": 0.0}, about)

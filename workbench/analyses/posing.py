@@ -16,7 +16,6 @@ from kimi_vl_ref.chat import Prompt
 from kimi_vl_ref.images import Picture
 from workbench.study.evaluate import messages
 from workbench.study.families import make
-from workbench.study.optim import as_matrices
 from workbench.study.scenes import Scene
 
 from . import attribution, causes, economy, eyes, lens, localise, occlusion, probes
@@ -174,11 +173,8 @@ def modality_gap(posed: Posed) -> Result:
 def shapes(model: KimiVL) -> dict[str, tuple[int, int]]:
     """(rows, columns) of the first matrix of each group of weights."""
     found: dict[str, tuple[int, int]] = {}
-    for name, value in model.named_parameters():
-        group = next((group for part, group in probes.GROUPS.items() if part in name), None)
-        if group is not None and value.ndim > 1 and group not in found:
-            rows, columns = as_matrices(name, value.detach()).shape[1:]
-            found[group] = (int(rows), int(columns))
+    for group, _, matrices in probes.weight_matrices(model):
+        found.setdefault(group, (matrices.shape[1], matrices.shape[2]))
     return found
 
 

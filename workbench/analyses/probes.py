@@ -7,7 +7,7 @@ Letters: N samples, D channels, S sites, L layers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -245,6 +245,14 @@ GROUPS = {
 }
 
 
+def weight_matrices(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Of every parameter of GROUPS its group, its name, and the matrices (count, rows, columns) that it holds."""
+    for name, value in model.named_parameters():
+        group = next((group for part, group in GROUPS.items() if part in name), None)
+        if value.ndim > 1 and group is not None:
+            yield group, name, as_matrices(name, value.detach())
+
+
 def svd_entropy(matrix: np.ndarray | Tensor) -> float:
     """Entropy of the squared singular values as shares, over log of their number: 1 all alike, 0 rank one (Moonlight,
     arXiv 2502.16982, section 3.4). nan for a matrix of zeros or with one singular value.
@@ -265,11 +273,9 @@ def weight_spectrum(model: nn.Module, model_name: str, groups: Sequence[str] | N
     chance: list[float] = []
     known: dict[tuple[int, int], float] = {}
     generator = torch.Generator().manual_seed(seed)
-    for name, value in model.named_parameters():
-        group = next((group for part, group in GROUPS.items() if part in name), None)
-        if value.ndim < 2 or group is None or (groups is not None and group not in groups):
+    for group, name, matrices in weight_matrices(model):
+        if groups is not None and group not in groups:
             continue
-        matrices = as_matrices(name, value.detach())
         shape = (matrices.shape[1], matrices.shape[2])
         if shape not in known:
             known[shape] = float(_svd_entropy(torch.randn(1, *shape, generator=generator))[0])

@@ -6,7 +6,7 @@ of prompt and reply, M visual tokens of the trial, D decoder stream, W vocabular
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kimi_vl_ref import Chat, KimiVL
-from kimi_vl_ref.chat import reply_roles
+from kimi_vl_ref.chat import Prompt, reply_roles
 from kimi_vl_ref.images import Picture
 from workbench.runs import Run, fingerprint
 from workbench.study.batches import written_reply
@@ -71,15 +71,32 @@ def make_trial(
 
     The token that ends the reply is scored too: "1" is not the start of "12". Raises ValueError.
     """
-    prompt = chat.prompt(messages)
-    written = [*chat.tokenizer.encode(reply), chat.tokenizer.special["<|im_end|>"]]
-    roles = prompt.roles + reply_roles(chat.tokenizer, written)
-    start, end = len(prompt.input_ids), len(roles)
+    prompt, written = chat.prompt(messages), chat.tokenizer.encode(reply)
     if score not in ("answer", "reply"):
         raise ValueError(f"score is {score!r}; use 'answer', or 'reply' to score the thought too")
-    scored = [at for at in range(start, end) if score == "reply" or roles[at] == "answer" or at == end - 1]
-    ids = prompt.input_ids + written
     question = next((_text(one["content"]) for one in reversed(messages) if one["role"] == "user"), "")
+    return written_trial(chat, prompt, written, question, reply, whole=score == "reply", boxes=boxes, domain=domain)
+
+
+def written_trial(
+    chat: Chat,
+    prompt: Prompt,
+    written: Sequence[int],
+    question: str,
+    reply: str,
+    *,
+    begun: int = 0,
+    whole: bool = False,
+    boxes: Sequence[Box] = (),
+    domain: str = "",
+) -> Trial:
+    """A prompt and the tokens written after it, which end here. Of those after the first `begun`, the answer's and the token
+    that ends the reply are scored; whole: all are. question and reply are how the trial is called.
+    """
+    written = [*written, chat.tokenizer.special["<|im_end|>"]]
+    ids, roles = prompt.input_ids + written, prompt.roles + reply_roles(chat.tokenizer, written)
+    start, last = len(prompt.input_ids) + begun, len(ids) - 1
+    scored = [at for at in range(start, len(ids)) if whole or roles[at] == "answer" or at == last]
     return Trial(
         question,
         reply,
@@ -211,7 +228,7 @@ def batches(model: KimiVL, trials: Sequence[Trial], size: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def score_batches(model: KimiVL, seen: Sequence[Batch]) -> Scores:
+def score_batches(model: KimiVL, seen: Iterable[Batch]) -> Scores:
     """`score` of trials whose pictures were seen before; only the decoder runs."""
     found = []
     for batch in seen:
@@ -232,7 +249,8 @@ def score(model: KimiVL, trials: Sequence[Trial], batch: int = 1) -> Scores:
         with applied(model, [ablate_experts(3, [7])]):
             score(model, trials).right.mean()
     """
-    return score_batches(model, batches(model, trials, batch))
+    groups = (trials[start : start + batch] for start in range(0, len(trials), batch))
+    return score_batches(model, (one for group in groups for one in batches(model, group, batch)))  # held one at a time
 
 
 def about_trials(model: KimiVL, trials: Sequence[Trial], model_name: str, **more: Any) -> dict[str, Any]:

@@ -100,8 +100,7 @@ def block_attention(queries: Any, keys: Any, layers: Any = None, heads: Any = No
             plan.blocks[layer] = Block(plan, asked, hidden, heads)
         return plan
 
-    where = f"{'all layers' if layers is None else listed(layers, 'layer')}, {listed(heads, 'head') if heads else 'all heads'}"
-    line = f"block attention{str(asked).replace(' at', ' from')} to{str(hidden).removeprefix(' at')} ({where})"
+    line = f"block attention{str(asked).replace(' at', ' from')} to{str(hidden).removeprefix(' at')} ({_where(layers, heads)})"
     settings = {"queries": asked.json, "keys": hidden.json, "layers": layers, "heads": heads}
     return Change("block_attention", settings, line, prepare)
 
@@ -161,11 +160,11 @@ def block_patches(queries: Any, keys: Any, layers: Any = None, heads: Any = None
             plan.patch_blocks[layer] = PatchBlock(plan, asked, hidden, heads, picture)
         return plan
 
-    where = f"{'all layers' if layers is None else listed(layers, 'layer')}, {listed(heads, 'head') if heads else 'all heads'}"
-    line = f"block {_patches(asked)} of picture {picture} from seeing {_patches(hidden)} (MoonViT, {where})"
+    seen = f"{listed(asked, 'patch')} of picture {picture} from seeing {listed(hidden, 'patch')}"
+    line = f"block {seen} (MoonViT, {_where(layers, heads)})"
     settings = {"queries": asked, "keys": hidden, "layers": layers, "heads": heads, "picture": picture}
     return Change("block_patches", settings, line, prepare)
 
 
-def _patches(numbers: Sequence[int]) -> str:
-    return listed(numbers, "patch").replace("patchs", "patches")
+def _where(layers: list[int] | None, heads: list[int] | None) -> str:
+    return f"{'all layers' if layers is None else listed(layers, 'layer')}, {listed(heads, 'head') if heads else 'all heads'}"

@@ -336,20 +336,24 @@ def indices(given: Any, what: str) -> list[int]:
     given = given.tolist() if isinstance(given, (np.ndarray, Tensor)) else given
     values = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     if not values:
-        raise EditError(f"there are no {what}s in {given!r}; name at least one")
+        raise EditError(f"there are no {plural(what)} in {given!r}; name at least one")
     return list(dict.fromkeys(_whole(one, what) for one in values))
 
 
 def inside(numbers: Sequence[int], count: int, what: str) -> None:
     if outside := [one for one in numbers if one >= count]:
-        raise EditError(f"{what} {outside[0]} does not exist; here are {what}s 0 to {count - 1}")
+        raise EditError(f"{what} {outside[0]} does not exist; here are {plural(what)} 0 to {count - 1}")
 
 
 def listed(numbers: Sequence[int], what: str) -> str:
     """"head 3", "heads 1, 4", or "31 tokens": short enough for a line."""
     if len(numbers) == 1:
         return f"{what} {numbers[0]}"
-    return f"{what}s {', '.join(map(str, numbers))}" if len(numbers) <= 8 else f"{len(numbers)} {what}s"
+    return f"{plural(what)} {', '.join(map(str, numbers))}" if len(numbers) <= 8 else f"{len(numbers)} {plural(what)}"
+
+
+def plural(what: str) -> str:
+    return what + ("es" if what.endswith("h") else "s")
 
 
 def _whole(number: Any, what: str) -> int:

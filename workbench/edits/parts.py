@@ -17,7 +17,22 @@ from kimi_vl_ref import KimiVL
 from ..positions import FAR
 from ..sites import match, sites
 from ..tape import Tape
-from .change import Change, EditError, Now, Plan, Where, digest, indices, inside, layer_of, listed, mask, places, values_of
+from .change import (
+    Change,
+    EditError,
+    Now,
+    Plan,
+    Where,
+    digest,
+    indices,
+    inside,
+    layer_of,
+    listed,
+    mask,
+    places,
+    plural,
+    values_of,
+)
 
 DRAWS = 1 << 16  # a position's draw depends on the seed, its row and itself, not on how the text was cut into calls
 
@@ -189,7 +204,7 @@ def _ablate_rows(name: str, site: str, what: str, named: Any, how: str, values: 
 
         def edit(tensor: Tensor, now: Now | None) -> Tensor:
             inside(rows, len(tensor), what)
-            plan.count(**{what.replace(" ", "_") + ("es" if what.endswith("h") else "s"): len(rows)})
+            plan.count(**{plural(what).replace(" ", "_"): len(rows)})
             kept = torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
             kept[rows] = False
             source = tensor if bank is None else bank.to(tensor)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from workbench.analyses.result import Result
@@ -69,12 +70,8 @@ def logit_parts(result: Result, *, vmax: float | None = None) -> Figure:
     scale = around_zero([heads, experts], vmax)
     panels = below.subplots(1, 2, width_ratios=[max(heads.shape[1], 6), experts.shape[1]])
     for axes, value, rows, what in ((panels[0], heads, layers, "head"), (panels[1], experts, moe, "routed expert")):
-        drawn = axes.imshow(value, norm=scale, cmap=DIVERGING, aspect="auto", interpolation="nearest")
-        ticks = range(0, len(rows), -(-len(rows) // 12))
-        axes.set_yticks(ticks, [str(rows[at]) for at in ticks])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        drawn = by_layer(axes, value, scale, rows, f"each {what}" + (" (0: not chosen)" if what == "routed expert" else ""))
         axes.set(xlabel=what, ylabel="decoder layer")
-        axes.set_title(f"each {what}" + (" (0: not chosen)" if what == "routed expert" else ""), fontsize=9)
     over = max(np.abs(heads).max(), np.abs(experts).max()) > float(scale.vmax or 0)
     below.colorbar(drawn, ax=list(panels), label="added to the logit", extend="both" if over else "neither", fraction=0.03)
     asked = f"\nafter {result.about['prompts'][0]!r}; all parts sum to the logit, {result.about['logit']:.2f}"
@@ -163,6 +160,18 @@ def league_table(result: Result) -> Figure:
         axes.set_title(f"{measure}\n({BETTER.get(measure, '')})", fontsize=9)
     panels[0].invert_yaxis()
     return named(figure, f"How well maps show what the answer rests on, {trials} trials (hatched: controls)", result.weights)
+
+
+def by_layer(
+    axes: Axes, value: np.ndarray, scale: Normalize, layers: Sequence[int], title: str, *, ticks: int = 12
+) -> AxesImage:
+    """Draws layer by unit (a head, an expert) on a scale around zero; at most so many layers are written at the side."""
+    drawn = axes.imshow(value, norm=scale, cmap=DIVERGING, aspect="auto", interpolation="nearest")
+    written = range(0, len(layers), -(-len(layers) // ticks))
+    axes.set_yticks(written, [str(layers[at]) for at in written])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    axes.set_title(title, fontsize=9)
+    return drawn
 
 
 def around_zero(values: Sequence[Any], vmax: float | None = None) -> Normalize:

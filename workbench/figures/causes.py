@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from workbench.analyses.result import Result
 from workbench.plots import named
 
-from .attribution import DIVERGING, around_zero
+from .attribution import DIVERGING, around_zero, by_layer
 from .layers import SERIES
 
 SHORT = 30  # letters of a label
@@ -135,12 +135,8 @@ def single_experts_figure(result: Result, *, vmax: float | None = None) -> Figur
     panels = figure.subplots(1, 3, width_ratios=[1.3, 1.3, 1])
     scale = around_zero([loss, control], vmax)
     for axes, value, title in ((panels[0], loss, "without the expert"), (panels[1], control, "control: as many random slots")):
-        drawn = axes.imshow(value, norm=scale, cmap=DIVERGING, aspect="auto", interpolation="nearest")
-        ticks = range(0, len(layers), -(-len(layers) // 12))
-        axes.set_yticks(ticks, [str(layers[at]) for at in ticks])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        drawn = by_layer(axes, value, scale, layers, title)
         axes.set(xlabel="expert", ylabel="decoder layer")
-        axes.set_title(title, fontsize=9)
     over = max(np.abs(loss).max(), np.abs(control).max()) > float(scale.vmax or 0)
     figure.colorbar(drawn, ax=list(panels[:2]), label="nats a token more", extend="both" if over else "neither", fraction=0.04)
     panels[2].scatter(result["slots"], control, s=14, color="0.6", marker="s", label="random slots, as many")

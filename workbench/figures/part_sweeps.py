@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from workbench.analyses.result import Result
 from workbench.plots import named
 
-from .attribution import DIVERGING, around_zero
+from .attribution import around_zero, by_layer
 from .layers import SERIES
 
 
@@ -25,12 +24,8 @@ def single_heads_figure(result: Result, *, vmax: float | None = None) -> Figure:
     scale = around_zero([loss, control], vmax)
     titles = ("without the head", "control: a random head of the layer for each token")
     for axes, value, title in zip(panels, (loss, control), titles, strict=True):
-        drawn = axes.imshow(value, norm=scale, cmap=DIVERGING, aspect="auto", interpolation="nearest")
-        ticks = range(0, len(layers), -(-len(layers) // 14))
-        axes.set_yticks(ticks, [str(layers[at]) for at in ticks])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        drawn = by_layer(axes, value, scale, layers, title, ticks=14)
         axes.set_xlabel("head")
-        axes.set_title(title, fontsize=9)
         if value.size <= 80:
             for (row, column), number in np.ndenumerate(value):
                 colour = "white" if abs(number) > 0.7 * float(scale.vmax or 1) else "black"
