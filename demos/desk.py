@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradio.utils import get_upload_folder
+from PIL import Image
 
 from kimi_vl_ref.images import Picture
 from kimi_vl_ref.thought import split_thought
@@ -58,13 +59,17 @@ class Desk:
         order[at], order[at + by] = order[at + by], order[at]
         return Desk(tuple(self.pictures[n] for n in order), tuple(self.ids[n] for n in order))
 
-    def asking(self, question: str) -> tuple[dict[str, Any], ...]:
-        """The messages that ask this next. The question that was asked last replaces its own turn."""
+    def asking(self, question: str) -> list[dict[str, Any]]:
+        """The messages that ask this next. The question that was asked last replaces its own turn. Raises ValueError for an
+        empty one.
+        """
+        if not question:
+            raise ValueError("The question is empty; write what you want to know about the picture.")
         turns = self.turns
         if turns and _text(turns[-2]) == question:
             turns = turns[:-2]
         pictures = [] if turns else [{"type": "image", "image": picture.image} for picture in self.pictures]
-        return (*turns, {"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        return [*turns, {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
 
     def answered(self, messages: Sequence[dict[str, Any]], reply: str) -> Desk:
         """With these messages and the reply to them, as it was written, thought included."""
@@ -116,8 +121,13 @@ def uploaded(path: Any) -> Path:
 def thumb(picture: Picture) -> str:
     small = picture.image.copy()
     small.thumbnail((THUMB, THUMB))
+    return address(small)
+
+
+def address(image: Image.Image) -> str:
+    """The image itself as an address for the browser."""
     file = BytesIO()
-    small.save(file, "PNG")
+    image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +150,14 @@ class Page:
             messages = desk.asking(question)
             answering = self.session.answer(
                 visitor,
-                desk.pictures,
-                question,
-                earlier=messages[:-1],
+                messages,
                 temperature=float(temperature),
                 thought_budget=None if budget < 0 else budget,
                 max_new_tokens=int(longest),
                 seed=int(seed or 0),
             )
             so_far = self._so_far(desk.pictures, question, "Reading the picture and the question…")
-            if question:
-                yield so_far, *working
+            yield so_far, *working
             shown = 0.0
             for item in answering:
                 if isinstance(item, Run):
@@ -198,7 +196,7 @@ class Page:
 
     def _view(self, visitor: str, id: str) -> dict[str, Any]:
         """What the viewer shows of a run on the visitor's shelf. Raises ValueError if it is not there."""
-        run, drawn = self.shelf.get(visitor, id), self.shelf.drawn(visitor, id)
+        run, drawn = self.shelf.get(visitor, id)
         note = "" if run.finished else "Cut off: it was stopped, or reached the longest reply."
         return payload(run, id=id, truth=truth(drawn, run.pictures, run.question, run.answer), note=note)
 
@@ -209,9 +207,14 @@ class Page:
         file.write_text(standalone(shown), encoding="utf-8")
         return gr.DownloadButton(value=file, interactive=True)
 
+    @cached_property
+    def example(self) -> tuple[Desk, str]:
+        """The pictures and the question that everybody starts from."""
+        return self._drawn((*EXAMPLES[0], "full"))
+
     def opening(self, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """(viewer, keep button, tray, question): a finished example, made once for all visitors."""
-        desk, question = self._drawn((*EXAMPLES[0], "full"))
+        desk, question = self.example
         self.desks.change(str(request.session_hash), lambda _: desk)
         if self._opening is None:
             note = "Answering an example first, so that there is something to look at…"
@@ -222,13 +225,11 @@ class Page:
         """The example's (viewer, keep button); makes it if nobody has yet."""
         with self._opening_lock:
             if self._opening is None:
-                desk, question = self._drawn((*EXAMPLES[0], "full"))
-                for item in self.session.answer("the opening", desk.pictures, question, max_new_tokens=128):
+                desk, question = self.example
+                for item in self.session.answer("the opening", desk.asking(question), max_new_tokens=128):
                     if isinstance(item, Run):
-                        known = truth(desk.drawn, desk.pictures, question, item.answer)
                         # a newcomer should first see a word that was read from the picture, whichever it is
-                        kept = self.shelf.put(EVERYBODY, item, desk.drawn)
-                        shown = payload(item, id=kept, truth=known) | {"start": "looking"}
+                        shown = self._view(EVERYBODY, self.shelf.put(EVERYBODY, item, desk.drawn)) | {"start": "looking"}
                         self._opening = shown, self._keep(shown, "opening")
         assert self._opening is not None
         return self._opening
@@ -245,7 +246,7 @@ class Page:
             return
         result = {"kind": "result", "id": asked["id"]}
         try:
-            run, drawn = self.shelf.get(visitor, asked["run"]), self.shelf.drawn(visitor, asked["run"])
+            run, drawn = self.shelf.get(visitor, asked["run"])
 
             def work(should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
                 keep = lambda new: self.shelf.put(visitor, new, drawn)  # noqa: E731

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,30 +55,14 @@ class Session:
         image = open_image(Path(source).read_bytes() if isinstance(source, str | Path) else source)
         return Picture(image, self.chat.processor.grid(*image.size))
 
-    def answer(
-        self,
-        visitor: str,
-        pictures: Picture | Sequence[Picture],
-        question: str,
-        *,
-        earlier: Sequence[dict[str, Any]] = (),
-        **settings: Any,
-    ) -> Iterator[Reply | Run | None]:
+    def answer(self, visitor: str, messages: list[dict[str, Any]], **settings: Any) -> Iterator[Reply | Run | None]:
         """Yields None while others are served, then the growing Reply, then the Run; settings as for `record`.
 
-        earlier: the messages so far, with the pictures in the first of them. Asking again stops what the same visitor asked
-        before. Raises ValueError with a sentence for the visitor.
+        Asking again stops what the same visitor asked before. Raises ValueError with a sentence for the visitor.
         """
-        if not question.strip():
-            raise ValueError("The question is empty; write what you want to know about the picture.")
-        shown = [pictures] if isinstance(pictures, Picture) else list(pictures)
-        content = [{"type": "image", "image": picture.image} for picture in ([] if earlier else shown)]
-        messages = [*earlier, {"role": "user", "content": [*content, {"type": "text", "text": question.strip()}]}]
 
         def recorded(should_stop: Callable[[], bool]) -> Iterator[Reply | Run]:
-            yield from record(
-                self.model, self.chat, messages, model_name=self.model_name, should_stop=should_stop, **settings
-            )
+            yield from record(self.model, self.chat, messages, model_name=self.model_name, should_stop=should_stop, **settings)
 
         yield from self.serve(visitor, recorded)
 
@@ -87,8 +72,7 @@ class Session:
         `work` is given should_stop(). Whatever the same visitor wanted before is stopped.
         """
         self.stop(visitor)
-        stopped = self._asking[visitor] = threading.Event()
-        try:
+        with _stoppable(self._asking, visitor) as stopped:
             while not self._busy.acquire(timeout=0.2):
                 if stopped.is_set():
                     return
@@ -97,21 +81,25 @@ class Session:
                 yield from work(stopped.is_set)
             finally:  # also when the visitor has left and this generator is dropped
                 self._busy.release()
-        finally:
-            if self._asking.get(visitor) is stopped:
-                del self._asking[visitor]
 
     def beside(self, visitor: str, work: Callable[[Callable[[], bool]], Iterator[T]]) -> Iterator[T]:
         """Does work that needs no model: at once, whoever is being answered. `stop` ends it too."""
-        stopped = self._beside[visitor] = threading.Event()
-        try:
+        with _stoppable(self._beside, visitor) as stopped:
             yield from work(stopped.is_set)
-        finally:
-            if self._beside.get(visitor) is stopped:
-                del self._beside[visitor]
 
     def stop(self, visitor: str) -> None:
         """What the visitor asked ends after the token that is being written, and keeps what was written."""
         for event in (self._asking.get(visitor), self._beside.get(visitor)):
             if event is not None:
                 event.set()
+
+
+@contextmanager
+def _stoppable(known: dict[str, threading.Event], visitor: str) -> Iterator[threading.Event]:
+    """What a visitor's work is stopped by; `known` has it while the work is done and the visitor wants nothing else."""
+    stopped = known[visitor] = threading.Event()
+    try:
+        yield stopped
+    finally:
+        if known.get(visitor) is stopped:
+            del known[visitor]

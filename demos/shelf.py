@@ -38,13 +38,14 @@ class Shelf:
                 self._runs.pop(next(name for name in self._runs if name != EVERYBODY))
             return str(self._count)
 
-    def get(self, visitor: str, id: str) -> Run:
-        """Raises ValueError if this visitor has no such run (any more)."""
-        return self._entry(visitor, id)[0]
-
-    def drawn(self, visitor: str, id: str) -> Any:
-        """What was given with the run. Raises ValueError as `get` does."""
-        return self._entry(visitor, id)[1]
+    def get(self, visitor: str, id: str) -> tuple[Run, Any]:
+        """The run and what was given with it. Raises ValueError if this visitor has no such run (any more)."""
+        with self._lock:
+            for owner in (visitor, EVERYBODY):
+                if id in self._runs.get(owner, {}):
+                    self._runs[owner].move_to_end(id)  # what is looked at stays
+                    return self._runs[owner][id]
+        raise ValueError("This run is no longer kept by the page; ask the question again.")
 
     def own(self, visitor: str) -> dict[str, Run]:
         """What a visitor can choose among, by id, oldest first; the example is among them."""
@@ -55,11 +56,3 @@ class Shelf:
     def clear(self, visitor: str) -> None:
         with self._lock:
             self._runs.pop(visitor, None)
-
-    def _entry(self, visitor: str, id: str) -> tuple[Run, Any]:
-        with self._lock:
-            for owner in (visitor, EVERYBODY):
-                if id in self._runs.get(owner, {}):
-                    self._runs[owner].move_to_end(id)  # what is looked at stays
-                    return self._runs[owner][id]
-        raise ValueError("This run is no longer kept by the page; ask the question again.")

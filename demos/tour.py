@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from .page import EXAMPLES, Page, scene_of, toast
+from .page import Page, toast
 from .tour_figures import svg
 from .tour_steps import STEPS, Live, Step, walk
 
@@ -30,7 +30,7 @@ class Tour:
     def __init__(self, page: Page):
         self.page = page
 
-    def build(self) -> gr.Column:
+    def build(self) -> None:
         """To be called where the column belongs, hidden at first."""
         with gr.Column(visible=False, elem_id="tour", min_width=0) as self.column:
             with gr.Row(elem_id="tour-top"):
@@ -53,7 +53,6 @@ class Tour:
                                     turn = gr.Button(f"{label}: {to}", size="sm", min_width=0)
                                     turn.click(_going(number + by), None, self.steps, queue=False, api_visibility="private")
         close.click(lambda: gr.Column(visible=False), None, self.column, queue=False, api_visibility="private")
-        return self.column
 
     def opened_by(self, button: gr.Button, question: gr.Textbox) -> None:
         outputs = [self.column, self.steps, self.about, *self.pages]
@@ -64,11 +63,11 @@ class Tour:
         """Streams (column, steps, about, three values a step). What is missing is taken from the page's example."""
         visitor, session = str(request.session_hash), self.page.session
         pictures = self.page.desks.get(visitor).pictures
-        scene, asked = scene_of((*EXAMPLES[0], "full"))
+        example, asked = self.page.example
 
         def work(_should_stop: Callable[[], bool]) -> Iterator[Live]:
-            picture = pictures[0] if pictures else session.picture(scene.images[0])
-            yield walk(session.model, session.chat, picture, question.strip() or asked.text)
+            picture = (pictures or example.pictures)[0]
+            yield walk(session.model, session.chat, picture, question.strip() or asked)
 
         opened, unknown = (gr.Column(visible=True), gr.Walkthrough(selected=1)), [gr.skip()] * len(self.pages)
         yield *opened, "Reading the picture and the question…", *unknown
@@ -95,5 +94,3 @@ def _plain(text: str) -> str:
     short = " ".join(text.split())
     short = short if len(short) <= 80 else f"{short[:78]}…"
     return "".join(f"\\{letter}" if letter in r"\`*_{}[]()#+-.!|<>~$&" else letter for letter in short)
-
-

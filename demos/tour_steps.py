@@ -199,7 +199,8 @@ def _experts(live: Live) -> tuple[Figure, str]:
     served = (chosen[:, :, None] == np.arange(live.facts["E"])).any(1)  # (T, E)
     picture = np.zeros(len(served), bool)
     picture[live.image] = True
-    shares, most = (served[picture].mean(0), served[~picture].mean(0)), served[picture].mean(0).argmax()
+    shares = served[picture].mean(0), served[~picture].mean(0)
+    most = shares[0].argmax()
     said = f"Expert {most} serves most picture tokens, {shares[0][most]:.0%} of them; by chance it would be "
     chance = live.facts["K"] / live.facts["E"]
     return drawn.experts(*shares, chance), f"{said}{chance:.0%}."

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
+
+from .desk import address
 
 TRAY_JS = (Path(__file__).parent / "tray.js").read_text(encoding="utf-8")
 
@@ -66,13 +66,10 @@ class Scenes(gr.HTML):
         """scenes: (name, question, picture) each."""
         buttons = []
         for i, (name, question, image) in enumerate(scenes):
-            file = BytesIO()
-            image.save(file, "PNG")
-            picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
             label = html.escape(f"{name}: {question}", quote=True)
             buttons.append(
                 f'<button type="button" data-scene="{i}" title="{label}" aria-label="{label}">'
-                f'<img src="{picture}" alt=""><span>{html.escape(name)}</span></button>'
+                f'<img src="{address(image)}" alt=""><span>{html.escape(name)}</span></button>'
             )
         chosen = "const b = e.target.closest('button'); if (b) trigger('select', { index: +b.dataset.scene });"
         settings |= {"js_on_load": f"element.addEventListener('click', (e) => {{ {chosen} }});"}

@@ -6,16 +6,15 @@ needs the model is asked once first, so that it shows something.
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from playwright.sync_api import sync_playwright
 
-from demos.app import launch
 from demos.session import Session
 from tests.browser import chromium
+from tests.page import ask, served
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
 SECOND = "count the red things."  # asked before anything is compared
 PATIENCE = 180_000  # milliseconds
 HERE = Path(__file__).parent
-
-
-def ask(page: Page, question: str) -> None:
-    """Asks and waits for the run."""
-    page.locator("#question textarea").fill(question)
-    page.evaluate("document.querySelector('#viewer .viewer').dataset.showing = 'before'")
-    page.locator("#ask-button").click()
-    page.wait_for_selector("[data-showing=run]")
 
 
 def fill(page: Page, name: str) -> None:
@@ -87,14 +78,8 @@ def shoot(address: str, out: Path) -> list[Path]:
 def main(out: Path) -> None:
     """Serves the page with the study model on a free port and takes the pictures."""
     out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = launch(Session.load("study"), port=port, prevent_thread_lock=True, quiet=True)
-    try:
-        shoot(f"http://127.0.0.1:{port}/", out)
-    finally:
-        app.close()
+    with served(Session.load("study")) as address:
+        shoot(address, out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Every function that a researcher calls shows in its docstring how, and the call there fits the function."""
+"""Every function that a researcher calls shows in its docstring how, and the call there fits the function; every analysis has a
+name on the command line.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +85,17 @@ def test_a_module_shows_how_its_function_is_called(function: Callable[..., Any])
     assert shown
     for call in shown:
         fits(function, call)
+
+
+def test_every_analysis_has_a_name() -> None:
+    """Public functions of the analyses that return a Result; a name's own functions are in the modules of the registry."""
+    folder = Path(workbench.analyses.__path__[0])
+    named = "".join((folder / f"{module}.py").read_text() for module in ("registry_runs", "registry_models", "posing"))
+    inner = {"budget.budget_curve"}  # the arithmetic of thought_budget
+    found = [f"{one.__module__.split('.')[-1]}.{one.__name__}" for one in analyses()]
+    assert len(found) > 50
+    missing = [name for name in found if not re.search(rf"\b{re.escape(name)}\b", named) and name not in inner]
+    assert not missing, "write an Entry for them"
 
 
 def test_a_call_that_does_not_fit_is_seen() -> None:

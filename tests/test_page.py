@@ -1,107 +1,43 @@
 """The page in a real browser, with the study model: what a visitor does, and that what is shown equals Python's numbers."""
 
+# ruff: noqa: F811  (fixtures are imported by the name under which tests ask for them)
 from __future__ import annotations
 
 import re
-import socket
 import struct
 import time
 import zlib
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from demos.app import launch
 from demos.page import EXAMPLES, scene_of
-from demos.session import Session
+from page import (  # noqa: F401, the fixtures among them
+    PATIENCE,
+    SCENE,
+    address,
+    ask,
+    clear,
+    close,
+    open_table,
+    opening,
+    outside,
+    part,
+    rows_of,
+    saved,
+    select,
+    session,
+    slow,
+    toast,
+    upload,
+    visit,
+)
 from workbench.runs import Run
 from workbench.viewer import standalone
 
 pytestmark = pytest.mark.browser
-PATIENCE = 120_000  # milliseconds; the whole suite may be running beside
-
-
-@pytest.fixture(scope="module")
-def session():
-    return Session.load("study")
-
-
-@pytest.fixture(scope="module")
-def address(session):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = launch(session, port=port, prevent_thread_lock=True, quiet=True)
-    yield f"http://127.0.0.1:{port}/"
-    app.close()
-
-
-@pytest.fixture(scope="module")
-def opening(session) -> Run:
-    """The run that the page opens on, recorded once more by Python."""
-    scene, question = scene_of((*EXAMPLES[0], "full"))
-    *_, run = session.answer("test", session.picture(scene.image), question.text)
-    assert isinstance(run, Run)
-    return run
-
-
-@pytest.fixture
-def visit(page, address):
-    """The page, opened and showing its example; console errors and requests to other machines fail the test."""
-    page.set_default_timeout(PATIENCE)
-    complaints: list[str] = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else complaints.append(r.url))
-    page.goto(address)
-    page.wait_for_selector("[data-showing=run]")
-    yield page
-    assert not complaints, complaints
-
-
-def part(page, name: str):
-    return page.locator(f"[data-part={name}]")
-
-
-def ask(page, question: str | None = None) -> None:
-    """Presses Ask and waits for the run."""
-    if question is not None:
-        page.locator("#question textarea").fill(question)
-    page.evaluate("document.querySelector('#viewer .viewer').dataset.showing = 'before'")
-    page.locator("#ask-button").click()
-    page.wait_for_selector("[data-showing=run]")
-
-
-def percent(text: str) -> float:
-    found = re.search(r"(<?)([\d.]+)%", text)
-    assert found, text
-    return 0.0 if found[1] else float(found[2]) / 100
-
-
-def close(shown: str, expected: float) -> bool:
-    """Shown with whole percents from 10% on and tenths below, and stored in 256 steps: two units of the last place."""
-    return abs(percent(shown) - expected) <= (0.011 if expected >= 0.09 else 0.0021)
-
-
-def rows_of(table) -> list[list[str]]:
-    return table.locator("tbody tr").evaluate_all("rows => rows.map(r => [...r.cells].map(c => c.textContent))")
-
-
-def open_table(page, name: str) -> list[list[str]]:
-    table = part(page, name)
-    if table.get_attribute("open") is None:
-        table.locator("summary").click()
-    table.locator("tbody tr").first.wait_for()
-    return rows_of(table)
-
-
-def select(page, run: Run, position: int, **how) -> None:
-    words = [at for at, role in enumerate(run.roles) if not role.startswith("image")]
-    page.locator(f"#word-{words.index(position)}").click(**how)
-
-
 # ---- what a visitor finds ------------------------------------------------------------------------------------------
 
 
@@ -243,23 +179,6 @@ def test_arrow_keys_move_and_extend_the_selection(visit, opening):
 # ---- stop, other visitors ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def slow(session, monkeypatch):
-    """Half a second a word, so that there is time to press Stop."""
-    answer = session.answer
-
-    def slowly(*arguments, **settings):
-        answering = answer(*arguments, **settings)
-        try:
-            for item in answering:
-                yield item
-                time.sleep(0.5)
-        finally:
-            answering.close()
-
-    monkeypatch.setattr(session, "answer", slowly)
-
-
 def test_stop_keeps_what_was_written(visit, slow):
     visit.locator("#question textarea").fill("list everything.")
     visit.locator("#ask-button").click()
@@ -296,12 +215,6 @@ def test_visitors_wait_for_each_other_and_one_who_leaves_holds_nothing(visit, sl
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
-def saved(image: Image.Image, form: str, **how) -> bytes:
-    file = BytesIO()
-    image.save(file, form, **how)
-    return file.getvalue()
-
-
 def bomb() -> bytes:
     """A PNG of a few kB that says it is 10,000 x 10,000 pixels."""
 
@@ -313,32 +226,6 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
 
 
-def clear(page) -> None:
-    """Takes all pictures away."""
-    away = page.locator("#picture [aria-label^='Remove']")
-    while count := away.count():
-        away.first.click()
-        page.wait_for_function("n => document.querySelectorAll('#picture li').length < n", arg=count)
-
-
-def upload(page, *files: tuple[str, bytes]) -> None:
-    """Chooses files, (name, bytes) each, and waits until they are there or refused."""
-    box = page.locator("#picture input[type=file]")
-    box.set_input_files([{"name": name, "mimeType": "image/png", "buffer": data} for name, data in files])
-    page.wait_for_selector("#picture .tray:not(.busy)")
-
-
-def toast(page) -> str:
-    found = page.locator(".toast-body.error")
-    found.last.wait_for()
-    text = found.last.inner_text()
-    while found.count():
-        found.first.locator("button").click()
-        page.wait_for_timeout(300)
-    return text
-
-
-SCENE = scene_of((*EXAMPLES[0], "full"))[0].image
 REFUSED = {
     "not an image": (b"this is a letter, not a picture " * 20, "not a picture"),
     "truncated": (saved(SCENE, "PNG")[:-400], "cut off"),
@@ -428,17 +315,6 @@ def test_nothing_sticks_out_at_any_width(browser, address, scheme, width):
     page.goto(address)
     page.wait_for_selector("[data-showing=run]")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    outside = page.evaluate(
-        """width => {
-            const root = document.querySelector('#viewer .viewer').shadowRoot, out = [];
-            for (const e of [...root.querySelectorAll('.kv *'), ...document.querySelectorAll('#ask *')]) {
-                const box = e.getBoundingClientRect(), card = e.closest('section, #ask')?.getBoundingClientRect();
-                if (box.width && card && (box.right > card.right + 1 || box.left < card.left - 1)) out.push(e.outerHTML.slice(0, 120));
-            }
-            return out;
-        }""",
-        width,
-    )
-    assert outside == []
+    assert outside(page) == []
     assert page.evaluate("document.querySelector('#viewer .viewer').shadowRoot.querySelector('.kv').dataset.theme") == scheme
     context.close()

@@ -1,5 +1,6 @@
 """Asking on the page: several pictures in order, turns of a conversation, and a notebook cell."""
 
+# ruff: noqa: F811  (fixtures are imported by the name under which tests ask for them)
 from __future__ import annotations
 
 import base64
@@ -15,7 +16,7 @@ from demos.page import Page, truth
 from demos.session import Session
 from demos.shelf import EVERYBODY, Shelf
 from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
-from test_page import (  # noqa: F401, the fixtures among them
+from page import (  # noqa: F401, the fixtures among them
     PATIENCE,
     SCENE,
     address,
@@ -204,7 +205,7 @@ def test_several_files_at_once_keep_the_good_ones_and_name_the_first_bad_one(tmp
 
 
 @pytest.mark.browser
-def test_pictures_are_added_moved_removed_and_asked_about_in_their_order(visit):  # noqa: F811
+def test_pictures_are_added_moved_removed_and_asked_about_in_their_order(visit):
     clear(visit)
     sizes = {"red": (56, 28), "blue": (28, 84)}
     files = [(f"{name}.png", saved(Image.new("RGB", size, name), "PNG")) for name, size in sizes.items()]
@@ -231,7 +232,7 @@ def test_pictures_are_added_moved_removed_and_asked_about_in_their_order(visit):
 
 
 @pytest.mark.browser
-def test_a_bad_file_among_good_ones_is_told_and_nothing_is_lost(visit):  # noqa: F811
+def test_a_bad_file_among_good_ones_is_told_and_nothing_is_lost(visit):
     upload(visit, ("letter.png", b"this is a letter " * 30), ("scene.png", saved(SCENE, "PNG")))
     assert "not a picture" in toast(visit)
     assert visit.locator("#picture li").count() == 2
@@ -239,7 +240,7 @@ def test_a_bad_file_among_good_ones_is_told_and_nothing_is_lost(visit):  # noqa:
 
 
 @pytest.mark.browser
-def test_a_follow_up_continues_and_a_new_conversation_begins_anew(visit):  # noqa: F811
+def test_a_follow_up_continues_and_a_new_conversation_begins_anew(visit):
     question = visit.locator("#question textarea").input_value()
     ask(visit)
     assert visit.locator("#turns li").count() == 1
@@ -258,8 +259,8 @@ def test_a_follow_up_continues_and_a_new_conversation_begins_anew(visit):  # noq
 
 
 @pytest.mark.browser
-def test_a_run_shows_itself_in_a_notebook_and_its_text_stays_where_frames_are_taken_out(browser, session, tmp_path):  # noqa: F811
-    *_, run = session.answer("test", session.picture(SCENE), "list everything.", max_new_tokens=40)
+def test_a_run_shows_itself_in_a_notebook_and_its_text_stays_where_frames_are_taken_out(browser, session, tmp_path):
+    *_, run = session.answer("test", Desk.of([session.picture(SCENE)]).asking("list everything."), max_new_tokens=40)
     assert isinstance(run, Run)
     cell = run._repr_html_()
     assert len(cell) < 300_000

@@ -1,5 +1,6 @@
 """The Change panel in a real browser: a list of changes made by clicking, and three answers whose numbers are Python's."""
 
+# ruff: noqa: F811  (fixtures are imported by the name under which tests ask for them)
 from __future__ import annotations
 
 import time
@@ -11,9 +12,20 @@ import pytest
 from demos.acts import change_again
 from demos.acts.act import Asked
 from demos.acts.change import change
-from test_page import address, opening, part, percent, rows_of, session, visit  # noqa: F401, they are fixtures
+from page import (  # noqa: F401, the fixtures among them
+    PATIENCE,
+    address,
+    expert_at,
+    file,
+    opening,
+    outside,
+    part,
+    percent,
+    rows_of,
+    session,
+    visit,
+)
 from workbench.runs import Run
-from workbench.viewer import standalone
 
 pytestmark = pytest.mark.browser
 
@@ -38,9 +50,7 @@ def answer_again(page, columns: int = 3) -> None:
 
 
 def finished(page) -> None:
-    page.wait_for_function(
-        "document.querySelector('#viewer .viewer').shadowRoot.querySelector('[data-part=change-stop]').disabled"
-    )
+    page.wait_for_selector("[data-part=change-stop]:disabled")
 
 
 def foot_says(page, changed: bool) -> None:
@@ -52,7 +62,7 @@ def foot_says(page, changed: bool) -> None:
     )
 
 
-def pythons(session, run: Run, *changes: dict) -> dict:  # noqa: F811
+def pythons(session, run: Run, *changes: dict) -> dict:
     """What the act says of the same list, asked without a browser."""
     *_, told = change(Asked(session, run, {"changes": list(changes), "seed": 0}, lambda: False, lambda _: "1"))
     return told
@@ -75,14 +85,10 @@ def check(page, told: dict) -> None:
         assert percent(looked[at]) == pytest.approx(one["picture"], abs=0.006)
 
 
-def test_an_expert_clicked_in_the_grid_is_switched_off_beside_a_control(visit, session, opening):  # noqa: F811
+def test_an_expert_clicked_in_the_grid_is_switched_off_beside_a_control(visit, session, opening):
     panel(visit)
     layer, expert = 1, int(np.bincount(opening.chosen[1].ravel().astype(int)).argmax())
-    canvas = part(visit, "experts")
-    canvas.scroll_into_view_if_needed()
-    box, count = canvas.bounding_box(), opening.n_experts
-    wide, tall = (box["width"] - 26) / count, (box["height"] - 18) / len(opening.moe_layers)
-    canvas.click(position={"x": 26 + (expert + 0.5) * wide, "y": 18 + (layer + 0.5) * tall})
+    visit.mouse.click(*expert_at(visit, opening, layer, expert))
     assert part(visit, "change-layer").input_value() == str(opening.moe_layers[layer])
     assert part(visit, "change-expert").input_value() == str(expert)
     assert part(visit, "change-go").is_disabled()
@@ -110,7 +116,7 @@ def test_an_expert_clicked_in_the_grid_is_switched_off_beside_a_control(visit, s
     assert chips(visit) == [] and part(visit, "change-stale").is_visible() and part(visit, "change-another").is_disabled()
 
 
-def test_a_rectangle_drawn_on_the_picture_is_blank_to_the_model(visit, session, opening):  # noqa: F811
+def test_a_rectangle_drawn_on_the_picture_is_blank_to_the_model(visit, session, opening):
     panel(visit)
     kind(visit, "region")
     part(visit, "change-add").click()
@@ -137,7 +143,7 @@ def test_a_rectangle_drawn_on_the_picture_is_blank_to_the_model(visit, session, 
     assert "token 0" in part(visit, "readout").inner_text()
 
 
-def test_a_patch_a_head_and_a_block_compose(visit, session, opening):  # noqa: F811
+def test_a_patch_a_head_and_a_block_compose(visit, session, opening):
     panel(visit)
     kind(visit, "patch")
     part(visit, "change-add").click()
@@ -171,7 +177,7 @@ def test_a_patch_a_head_and_a_block_compose(visit, session, opening):  # noqa: F
     check(visit, told)
 
 
-def test_several_controls_are_counted_stop_stops_and_errors_are_sentences(visit, session, opening, monkeypatch):  # noqa: F811
+def test_several_controls_are_counted_stop_stops_and_errors_are_sentences(visit, session, opening, monkeypatch):
     panel(visit)
     kind(visit, "attention")
     part(visit, "change-from").select_option("question")
@@ -207,40 +213,24 @@ def test_several_controls_are_counted_stop_stops_and_errors_are_sentences(visit,
     assert "Stopped" in part(visit, "change-note").inner_text()
 
 
-def test_the_single_file_says_that_changes_need_the_model(browser, opening, tmp_path):  # noqa: F811
-    file = tmp_path / "run.html"
-    file.write_text(standalone(replace(opening, edits=["blank everything"])), encoding="utf-8")
-    page = browser.new_context(offline=True).new_page()
-    page.goto(file.as_uri())
-    page.wait_for_selector("[data-showing=run]")
+def test_the_single_file_says_that_changes_need_the_model(file, opening):
+    page = file(replace(opening, edits=["blank everything"]))
     panel(page)
     assert page.locator("#panel-change .offline").is_visible()
     assert not part(page, "change-go").is_visible() and not part(page, "change-kinds").is_visible()
     assert "blank everything" in part(page, "foot").inner_text()
-    page.context.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_of_the_panel_sticks_out(browser, address, width):  # noqa: F811
+def test_nothing_of_the_panel_sticks_out(browser, address, width):
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme="dark")
     page = context.new_page()
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(PATIENCE)
     page.goto(address)
     page.wait_for_selector("[data-showing=run]")
     panel(page)
     part(page, "change-add").click()
     answer_again(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    outside = page.evaluate(
-        """() => {
-            const card = document.querySelector('#viewer .viewer').shadowRoot.querySelector('#panel-change'), out = [];
-            const edge = card.getBoundingClientRect();
-            for (const e of card.querySelectorAll('*')) {
-                const box = e.getBoundingClientRect();
-                if (box.width && (box.right > edge.right + 1 || box.left < edge.left - 1)) out.push(e.outerHTML.slice(0, 120));
-            }
-            return out;
-        }"""
-    )
-    assert outside == []
+    assert outside(page) == []
     context.close()

@@ -1,5 +1,6 @@
 """Compare and keep: two runs side by side with Python's numbers, and what goes to disk and comes back."""
 
+# ruff: noqa: F811  (fixtures are imported by the name under which tests ask for them)
 from __future__ import annotations
 
 import base64
@@ -16,7 +17,7 @@ import torch
 from demos.acts import ACTS, Asked
 from demos.acts import keep as keeping
 from demos.session import Session
-from test_page import PATIENCE, SCENE, address, ask, part, percent, rows_of, saved, session, visit  # noqa: F401
+from page import SCENE, address, ask, file, part, percent, rows_of, saved, select, session, visit  # noqa: F401
 from tiny import picture, question, talking_model, tiny_chat
 from workbench.analyses.selection import run_difference
 from workbench.runs import Run, record
@@ -144,11 +145,11 @@ def test_work_without_the_model_does_not_wait_and_stops_no_answer():
 
 
 @pytest.fixture(scope="module")
-def pair(session):  # noqa: F811
+def pair(session):
     """Two runs about one picture, in Python."""
     runs = []
     for text in ("count the orange things.", "count the red things."):
-        *_, run = session.answer("test", session.picture(SCENE), text, max_new_tokens=60)
+        *_, run = session.answer("test", question(text, SCENE), max_new_tokens=60)
         assert isinstance(run, Run)
         runs.append(run)
     return runs
@@ -171,21 +172,12 @@ def agreement_shown(page, run: Run, other: Run) -> None:
 
 
 @pytest.mark.browser
-def test_two_single_files_are_compared_from_disk_with_pythons_numbers(browser, pair, tmp_path):
+def test_two_single_files_are_compared_from_disk_with_pythons_numbers(file, pair, tmp_path):
     run, other = pair
-    files = [tmp_path / "one.html", tmp_path / "two.html"]
-    for file, one in zip(files, pair, strict=True):
-        file.write_text(standalone(one), encoding="utf-8")
-    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.set_default_timeout(PATIENCE)
-    page.goto(files[0].as_uri())
-    page.wait_for_selector("[data-showing=run]")
+    page = file(run)
+    (tmp_path / "two.html").write_text(standalone(other), encoding="utf-8")
     page.get_by_role("tab", name="Compare").click()
-    part(page, "compare-file").set_input_files(files[1])
+    part(page, "compare-file").set_input_files(tmp_path / "two.html")
     page.wait_for_selector("[data-part=compare-both]:not([hidden])")
     agreement_shown(page, run, other)
     facts = {name: values for name, *values in rows_of(part(page, "compare-facts"))}
@@ -197,8 +189,7 @@ def test_two_single_files_are_compared_from_disk_with_pythons_numbers(browser, p
     assert "orange" in "".join(unlike) and "count" not in "".join(unlike)
     # the first word of the thought: linked by its place in the thought, whose experts the table lists
     at = run.positions("thought")[0]
-    words = [position for position, role in enumerate(run.roles) if not role.startswith("image")]
-    page.locator(f"#word-{words.index(int(at))}").click()
+    select(page, run, int(at))
     there = int(other.positions("thought")[0])
     assert other.texts[there].strip() in part(page, "compare-b-word").inner_text()
     part(page, "compare-share-table").locator("summary").click()
@@ -211,12 +202,10 @@ def test_two_single_files_are_compared_from_disk_with_pythons_numbers(browser, p
     (tmp_path / "three.html").write_text("<p>nothing</p>")
     part(page, "compare-file").set_input_files(tmp_path / "three.html")
     part(page, "compare-note").get_by_text("holds no run").wait_for()
-    assert not complaints
-    context.close()
 
 
 @pytest.mark.browser
-def test_a_run_is_kept_damaged_opened_and_compared_on_the_page(visit, pair, tmp_path):  # noqa: F811
+def test_a_run_is_kept_damaged_opened_and_compared_on_the_page(visit, pair, tmp_path):
     ask(visit, pair[1].question)
     visit.get_by_role("tab", name="Keep").click()
     with visit.expect_download() as download:

@@ -1,5 +1,6 @@
 """Lens and credit: the acts against the analyses and against what the recorder wrote down, and the panel in a real browser."""
 
+# ruff: noqa: F811  (fixtures are imported by the name under which tests ask for them)
 from __future__ import annotations
 
 import math
@@ -9,18 +10,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import test_page
 from demos.acts import ACTS, Asked
 from demos.acts.lens import word_trial
 from demos.session import Session
-from test_page import close, open_table, part, percent, rows_of, select
+from page import (  # noqa: F401, the fixtures among them
+    address,
+    close,
+    file,
+    open_table,
+    opening,
+    part,
+    percent,
+    rows_of,
+    select,
+    session,
+    visit,
+)
 from tiny import picture, question, talking_model, tiny_chat
 from workbench.analyses.lens import logit_lens
 from workbench.analyses.occlusion import deletion, occlusion
 from workbench.runs import Run, record
-from workbench.viewer import standalone
-
-session, address, opening, visit = test_page.session, test_page.address, test_page.opening, test_page.visit
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +43,7 @@ def recorded(*pictures: Image.Image) -> Run:
     return run
 
 
-def told(session: Session, name: str, run: Run, should_stop=lambda: False, **args) -> list[dict]:  # noqa: F811
+def told(session: Session, name: str, run: Run, should_stop=lambda: False, **args) -> list[dict]:
     return list(ACTS[name](Asked(session, run, args, should_stop, lambda _: "1")))
 
 
@@ -131,16 +140,12 @@ def opened(page) -> None:
     page.get_by_role("tab", name="Lens and credit").click()
 
 
-def words_of(run: Run) -> list[int]:
-    return [at for at, role in enumerate(run.roles) if not role.startswith("image")]
-
-
 def number(text: str) -> float:
     return float(text.replace("−", "-").replace(" · 10^", "e"))
 
 
 @pytest.mark.browser
-def test_the_grid_of_layers_and_words_is_the_analysis(visit, session, opening):  # noqa: F811
+def test_the_grid_of_layers_and_words_is_the_analysis(visit, session, opening):
     at = int(opening.positions("thought")[2])
     select(visit, opening, at)
     opened(visit)
@@ -170,7 +175,7 @@ def test_the_grid_of_layers_and_words_is_the_analysis(visit, session, opening): 
 
 
 @pytest.mark.browser
-def test_words_on_patches_are_the_analysis_in_every_layer(visit, session, opening):  # noqa: F811
+def test_words_on_patches_are_the_analysis_in_every_layer(visit, session, opening):
     opened(visit)
     part(visit, "lens-patch-go").click()
     part(visit, "lens-patches").wait_for()
@@ -190,15 +195,13 @@ def test_words_on_patches_are_the_analysis_in_every_layer(visit, session, openin
 
 
 @pytest.mark.browser
-def test_credit_says_its_numbers_and_stop_leaves_the_panel_usable(visit, session, opening):  # noqa: F811
+def test_credit_says_its_numbers_and_stop_leaves_the_panel_usable(visit, session, opening):
     at = int(opening.positions("thought")[1])
     select(visit, opening, at)
     opened(visit)
     part(visit, "credit-go").click()
     part(visit, "credit-stop").click()
-    visit.wait_for_function(
-        "!document.querySelector('#viewer .viewer').shadowRoot.querySelector('[data-part=credit-go]').disabled"
-    )
+    visit.wait_for_selector("[data-part=credit-go]:enabled")
     assert "Stopped" in part(visit, "credit-note").inner_text()
     part(visit, "credit-go").click()
     part(visit, "credit-curves").locator("canvas").first.wait_for()
@@ -223,10 +226,8 @@ def test_credit_says_its_numbers_and_stop_leaves_the_panel_usable(visit, session
 
 
 @pytest.mark.browser
-def test_from_disk_the_panel_says_that_it_needs_the_model(page, opening, tmp_path):
-    (tmp_path / "run.html").write_text(standalone(opening), encoding="utf-8")
-    page.goto((tmp_path / "run.html").as_uri())
-    page.wait_for_selector("[data-showing=run]")
+def test_from_disk_the_panel_says_that_it_needs_the_model(file, opening):
+    page = file(opening)
     opened(page)
     assert page.locator("#panel-lens .offline").is_visible()
     assert not part(page, "lens-go").is_visible() and not part(page, "credit-go").is_visible()

@@ -1,5 +1,6 @@
 """Looking: what the picture can be painted with, and which words looked at a patch; shown numbers against Python's."""
 
+# ruff: noqa: F811  (fixtures are imported by the name under which tests ask for them)
 from __future__ import annotations
 
 from dataclasses import replace
@@ -8,35 +9,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import test_page
 from demos.acts import ACTS, Asked
 from demos.session import Session
-from test_page import close, open_table, part, percent, rows_of, select
+from page import (  # noqa: F401, the fixtures among them
+    address,
+    close,
+    file,
+    open_table,
+    opening,
+    part,
+    percent,
+    rows_of,
+    select,
+    session,
+    visit,
+    word,
+)
 from test_payload import PROCESSOR, made_run
-from tiny import picture, talking_model, tiny_chat
+from tiny import picture, question, talking_model, tiny_chat
 from workbench.analyses.eyes import patch_attention, relevancy
 from workbench.analyses.localise import relative_attention
 from workbench.runs import Run, record
-from workbench.viewer import standalone
 from workbench.viewer.payload import unpack_array
-
-session, address, opening, visit = test_page.session, test_page.address, test_page.opening, test_page.visit
-
-
-@pytest.fixture
-def file(page, tmp_path):
-    """Opens a run as a single file, without Python or a network; console errors fail the test."""
-    complaints: list[str] = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-
-    def opened(run: Run):
-        (tmp_path / "run.html").write_text(standalone(run), encoding="utf-8")
-        page.goto((tmp_path / "run.html").as_uri())
-        page.wait_for_selector("[data-showing=run]")
-        return page
-
-    yield opened
-    assert not complaints, complaints
 
 
 def point(page, run: Run, token: int, *, click: bool = True, patch: int = 0) -> None:
@@ -146,8 +140,7 @@ def test_a_double_click_chooses_the_whole_word_of_several_pieces(file):
     texts = list(run.texts)
     texts[start : start + 4] = [" be", "tw", "een", ","]
     page = file(replace(run, texts=texts))
-    words = [at for at, role in enumerate(run.roles) if not role.startswith("image")]
-    page.locator(f"#word-{words.index(start + 1)}").dblclick()
+    word(page, run, start + 1).dblclick()
     chosen = part(page, "strip").locator(".sel").all_text_contents()
     assert "".join(chosen) == "between"
 
@@ -258,7 +251,7 @@ def test_where_moonvit_looked_from_a_patch_layer_by_layer(visit, opening, sessio
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Session, Run]:
     session = Session(talking_model(), tiny_chat(), "tiny")
-    *_, run = session.answer("test", session.picture(picture(84, 56)), "How many?", max_new_tokens=4)
+    *_, run = session.answer("test", question("How many?", picture(84, 56)), max_new_tokens=4)
     assert isinstance(run, Run)
     return session, run
 

@@ -1,5 +1,6 @@
 """Routing: which expert served which patch and word, picture against words, load, who works with whom; against Python."""
 
+# ruff: noqa: F811  (fixtures are imported by the name under which tests ask for them)
 from __future__ import annotations
 
 import re
@@ -8,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import test_page_look
-from test_page import close, open_table, part, percent, rows_of, select
+from page import close, expert_at, file, open_table, outside, part, percent, rows_of, select, word  # noqa: F401
 from test_page_look import point, underlined
 from test_payload import made_run
 from workbench.analyses.experts import coactivation, first_experts
@@ -17,7 +17,6 @@ from workbench.analyses.routing import expert_loads, expert_map, modality_specia
 from workbench.runs import Run
 
 pytestmark = pytest.mark.browser
-file = test_page_look.file
 
 
 def opened(file, run: Run, layer: int = 0):
@@ -132,9 +131,8 @@ def test_the_picture_is_painted_by_the_expert_with_the_largest_weight(file):
         assert share == "words" if not counted else close(share, counted)
     # the words: in the colour of theirs, named when pointed at
     first = first_experts(run)[1]
-    words = [at for at, role in enumerate(run.roles) if not role.startswith("image")]
     for position in (*run.positions("thought"), *run.positions("answer")):
-        assert page.locator(f"#word-{words.index(position)}").get_attribute("title") == f"expert {first[position - 1]}"
+        assert word(page, run, position).get_attribute("title") == f"expert {first[position - 1]}"
 
 
 def cells_by_script(page) -> list[str]:
@@ -146,17 +144,13 @@ def cells_by_script(page) -> list[str]:
 def test_choosing_an_expert_lights_the_patches_and_words_that_it_served(file):
     run = made_run(seed=1)
     page, layer, expert = opened(file, run), 1, 3
-    canvas = part(page, "experts")
-    canvas.scroll_into_view_if_needed()
-    box, left, top = canvas.bounding_box(), 26, 18
-    wide, tall = (box["width"] - left) / run.n_experts, (box["height"] - top) / len(run.moe_layers)
-    at = (box["x"] + left + (expert + 0.5) * wide, box["y"] + top + (layer + 0.5) * tall)
+    at, box = expert_at(page, run, layer, expert), part(page, "experts").bounding_box()
     served = (run.chosen[layer] == expert).any(-1)
     picture = served[run.positions("image")]
     asked = [t for t, role in enumerate(run.roles) if role in ("user", "thought", "answer")]
     words = served[[t - 1 if t >= run.prompt_length else t for t in asked]]
     page.mouse.move(*at)
-    assert canvas.bounding_box() == box  # and moves nothing under the pointer
+    assert part(page, "experts").bounding_box() == box  # and moves nothing under the pointer
     assert underlined(page) == words.sum()  # pointing shows it
     page.mouse.move(5, 5)
     assert underlined(page) == len(asked)  # the colours of all experts again
@@ -191,13 +185,7 @@ def test_nothing_sticks_out_of_the_panel(file, page, width):
     page.set_viewport_size({"width": width, "height": 900})
     opened(file, made_run(size=(280, 224), experts=64, top_k=6))
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    outside = page.evaluate(
-        """() => [...document.querySelector('#viewer').shadowRoot.querySelectorAll('section *')].filter((e) => {
-            const box = e.getBoundingClientRect(), card = e.closest('section').getBoundingClientRect();
-            return box.width && (box.right > card.right + 1 || box.left < card.left - 1);
-        }).map((e) => e.outerHTML.slice(0, 100))"""
-    )
-    assert outside == []
+    assert outside(page) == []
 
 
 def test_a_patch_names_the_experts_that_serve_it(file):

@@ -15,7 +15,7 @@ from demos.acts.act import Asked
 from demos.page import EXAMPLES, scene_of, truth
 from kimi_vl_ref import reply
 from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
-from test_page import address, close, open_table, opening, part, percent, rows_of, session, slow, visit  # noqa: F401
+from page import address, close, file, open_table, opening, part, percent, rows_of, session, slow, visit  # noqa: F401
 from tiny import picture, question, saying, talking_model, tiny_chat
 from workbench.analyses.budget import thought_budget
 from workbench.analyses.cues import segments
@@ -24,7 +24,7 @@ from workbench.runs import Run, record
 from workbench.study.families import make
 from workbench.tape import attach
 from workbench.thoughts import continue_from, cut_thought, edit_thought, messages_of
-from workbench.viewer import payload, standalone, steps
+from workbench.viewer import payload, steps
 
 MODEL, CHAT = talking_model(), tiny_chat()
 THOUGHT = "count the circles, two are red; so two. Done."
@@ -276,16 +276,8 @@ def test_limits_are_listed_with_their_answers_and_the_curve_stops_when_told(visi
 
 
 @pytest.mark.browser
-def test_the_single_file_has_the_strip_and_its_steps_without_a_model(browser, opening, tmp_path):
-    file = tmp_path / "run.html"
-    file.write_text(standalone(opening), encoding="utf-8")
-    context = browser.new_context(offline=True)
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(file.as_uri())
-    page.wait_for_selector("[data-showing=run]")
+def test_the_single_file_has_the_strip_and_its_steps_without_a_model(file, opening):
+    page = file(opening)
     think_tab(page)
     assert len(open_table(page, "think-table")) == len(opening.positions("thought"))
     last = part(page, "think-steps").locator("button").last
@@ -295,5 +287,3 @@ def test_the_single_file_has_the_strip_and_its_steps_without_a_model(browser, op
     for name in ("think-go", "think-budgets", "think-held", "think-text"):
         assert not part(page, name).is_visible()
     assert page.locator("[data-panel=think] .offline").is_visible()
-    assert complaints == []
-    context.close()

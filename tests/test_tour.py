@@ -1,5 +1,6 @@
 """The tour: its tensors are the model's, its code is the source's, and a visitor walks through it."""
 
+# ruff: noqa: F811  (fixtures are imported by the name under which tests ask for them)
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,18 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-import test_page
 from demos import tour_steps
 from demos.page import EXAMPLES, scene_of
 from demos.tour import _plain, shown
 from demos.tour_steps import PIXELS, STEPS, walk
 from kimi_vl_ref.images import Picture
 from kimi_vl_ref.thought import OPEN_THOUGHT
+from page import address, session, visit  # noqa: F401, they are fixtures
 from tiny import picture, question, saying, talking_model, tiny_chat
 from workbench.sites import sites, sizes
 from workbench.tape import attach
 
-session, address, visit = test_page.session, test_page.address, test_page.visit
 ROOT = Path(__file__).parent.parent
 NAMES = ["Pixels", "Patches", "2 × 2 merge", "Projector", "Latent attention", "Router", "Experts", "Next word"]
 
@@ -110,7 +110,7 @@ def test_a_question_is_shown_as_it_was_typed():
 
 
 @pytest.mark.browser
-def test_a_visitor_walks_through_the_tour_and_back(visit, session):  # noqa: F811
+def test_a_visitor_walks_through_the_tour_and_back(visit, session):
     scene, asked = scene_of((*EXAMPLES[0], "full"))
     live = walk(session.model, session.chat, session.picture(scene.images[0]), asked.text)
     visit.locator("#tour-button").click()

@@ -1,14 +1,19 @@
-"""What an act is given."""
+"""What an act is given, and what several of them do with a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.runs import Run
+from kimi_vl_ref import KimiVL, Reply
+from workbench.runs import Run, fingerprint
 
 from ..session import Session
+
+FRAME = 0.2  # seconds between two notes of progress
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "thought_budget")
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,33 @@ class Asked:
 
 
 Act = Callable[[Asked], Iterator[dict[str, Any]]]
+
+
+def sampling(run: Run) -> dict[str, Any]:
+    """How a run was sampled, as options of `record`."""
+    return {"seed": run.seed, **{name: run.settings[name] for name in SAMPLING if name in run.settings}}
+
+
+def same_weights(model: KimiVL, run: Run) -> None:
+    """Raises ValueError for a run of other weights than the model has."""
+    recorded, here = run.versions.get("weights"), fingerprint(model)
+    if recorded not in (None, here):
+        raise ValueError(f"this run was recorded with other weights ({recorded}, here {here}); ask its question here first")
+
+
+def in_force(run: Run) -> list[str]:
+    """The lines of what was changed while a run was recorded. A reply that was begun by hand changes no weight."""
+    return run.edits[:-1] if "begin" in run.settings else run.edits  # its line is the last
+
+
+def noted(writing: Iterator[Reply | Run], note: str) -> Generator[dict[str, Any], None, Run]:
+    """Yields {"note"} now and then while `record` writes, `note` with the number of tokens for {}; returns the Run."""
+    shown, run = 0.0, None
+    for item in writing:
+        if isinstance(item, Run):
+            run = item
+        elif time.monotonic() - shown > FRAME:
+            shown = time.monotonic()
+            yield {"note": note.format(len(item.token_ids))}
+    assert run is not None
+    return run

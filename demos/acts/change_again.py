@@ -5,7 +5,6 @@ Letters: S tokens of the reply, L layers, E experts, K chosen, v channels of a h
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +20,13 @@ from workbench.analyses.experts import chosen_by_both
 from workbench.analyses.looking import modality_mass
 from workbench.analyses.trials import Trial, read, run_trial, token_logprobs
 from workbench.edits import Change, applied, routing_of
-from workbench.runs import Begin, Run, fingerprint, record
+from workbench.runs import Begin, Run, record
 from workbench.tape import attach
 from workbench.thoughts import messages_of
 
+from .act import noted, same_weights, sampling
 from .change_kinds import Block, Kind, Region, blanked
 from .change_places import Making, Text
-
-FRAME = 0.2  # seconds between two notes of progress
-OPTIONS = ("max_new_tokens", "temperature", "top_p", "thought_budget")
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,7 @@ class Base:
     """The run that is changed. Raises ValueError for one of other weights, or one that was answered under changes itself."""
 
     def __init__(self, model: KimiVL, chat: Chat, run: Run):
-        if run.versions.get("weights") not in (None, fingerprint(model)):
-            raise ValueError("this run was recorded with other weights than are loaded now; ask its question again first")
+        same_weights(model, run)
         if run.settings.get("changes"):
             raise ValueError("this run was answered under changes already; choose the run they were made to")
         self.model, self.chat, self.run = model, chat, run
@@ -123,19 +119,11 @@ class Base:
                 message["content"] = [
                     {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
                 ]
-        options = {name: self.run.settings[name] for name in OPTIONS if name in self.run.settings}
         writing = record(
-            self.model, self.chat, asked, model_name=self.run.model_name, seed=self.run.seed, should_stop=should_stop,
-            changes=self.changes(kinds, text), begin=begin, **options,
+            self.model, self.chat, asked, model_name=self.run.model_name, should_stop=should_stop,
+            changes=self.changes(kinds, text), begin=begin, **sampling(self.run),
         )  # fmt: skip
-        shown, run = 0.0, None
-        for item in _quiet(writing):
-            if isinstance(item, Run):
-                run = item
-            elif time.monotonic() - shown > FRAME:
-                shown = time.monotonic()
-                yield {"note": f"{note} {len(item.token_ids)} tokens…"}
-        assert run is not None
+        run = yield from noted(_quiet(writing), f"{note} {{}} tokens…")
         regions = [one.line() for one in kinds if isinstance(one, Region)]
         return replace(run, edits=regions + run.edits, settings=run.settings | ({"regions": regions} if regions else {}))
 

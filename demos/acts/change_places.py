@@ -38,6 +38,12 @@ class Draw:
         raise NoControl(f"there are not {count} other {kind} left to draw from")
 
 
+def belongs(role: str, name: str) -> bool:
+    """Whether a role of a run is the part of that name: "question", "picture" (any of them), "picture 1", ..."""
+    wanted = "user" if name == "question" else name.replace("picture", "image")
+    return role == wanted or role.startswith(f"{wanted} ")
+
+
 @dataclass(frozen=True)
 class Text:
     """Where the parts of a conversation stand. `answer` is the first position of the answer, None while it is unknown."""
@@ -59,10 +65,8 @@ class Text:
     def keys(self, name: str) -> list[int] | None:
         """Positions that are looked at."""
         if name == "thought":
-            end = self.prompt if self.answer is None else self.answer
-            return None if self.answer is None else list(range(self.prompt, end))
-        wanted = "user" if name == "question" else name.replace("picture", "image")
-        return [at for at, role in enumerate(self.roles[: self.prompt]) if role == wanted or role.startswith(f"{wanted} ")]
+            return None if self.answer is None else list(range(self.prompt, self.answer))
+        return [at for at, role in enumerate(self.roles[: self.prompt]) if belongs(role, name)]
 
 
 @dataclass(frozen=True)

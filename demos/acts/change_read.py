@@ -8,6 +8,7 @@ from typing import Any
 
 from .act import Asked
 from .change_kinds import Bias, Block, Experts, Heads, Kind, Layer, Region, Tokens, TopK, merged, spoken
+from .change_places import belongs
 
 MOST = 64  # changes in one list
 LARGEST_SHIFT = 5.0  # scores lie between 0 and 1: a shift of more than 1 settles the choice already
@@ -91,8 +92,7 @@ def _block(one: Asked) -> Block:
     pictures = [f"picture {number}" for number in range(len(one.run.pictures))]
     source = one.one_of("from", ("everything", "reply", "thought", "answer", "question", *pictures))
     target = one.one_of("to", ("question", "thought", "picture", *pictures))
-    _needs = {name for name in (source, target) if name.startswith("picture")}
-    if _needs:
+    if source.startswith("picture") or target.startswith("picture"):
         _needs_picture(one)
     if "thought" in (source, target) and not one.run.thought:
         raise ValueError("this reply has no thought to block; ask something the model thinks about")
@@ -101,15 +101,10 @@ def _block(one: Asked) -> Block:
     if source == target or (source.startswith("picture") and target == "picture"):
         raise ValueError(f"{spoken(source)} cannot be kept from looking at itself; choose two different parts")
     roles = list(one.run.roles[: one.run.prompt_length])
-    here, there = ([at for at, role in enumerate(roles) if _is(role, name)] for name in (source, target))
+    here, there = ([at for at, role in enumerate(roles) if belongs(role, name)] for name in (source, target))
     if here and there and max(here) < min(there):
         raise ValueError(f"{spoken(source)} stands before {spoken(target)}, and no word looks ahead; nothing to block")
     return Block(source, target)
-
-
-def _is(role: str, name: str) -> bool:
-    wanted = "user" if name == "question" else name.replace("picture", "image")
-    return role == wanted or role.startswith(f"{wanted} ")
 
 
 def _layer_of(one: Asked) -> int:

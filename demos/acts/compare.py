@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,10 +11,7 @@ from workbench.thoughts import messages_of
 
 from ..desk import uploaded
 from ..session import Session
-from .act import Act, Asked
-
-FRAME = 0.2  # seconds between two notes
-SETTINGS = ("max_new_tokens", "temperature", "top_p", "thought_budget")
+from .act import Act, Asked, noted, sampling
 
 
 def ask_other(asked: Asked) -> Iterator[dict[str, Any]]:
@@ -35,16 +31,9 @@ def ask_against(asked: Asked) -> Iterator[dict[str, Any]]:
 def _answered(asked: Asked, session: Session, run: Run) -> Iterator[dict[str, Any]]:
     if not asked.run.pictures and run.pictures:
         raise ValueError("this question was asked without a picture; ask it with one first")
-    settings = {name: run.settings[name] for name in SETTINGS if name in run.settings}
-    options: dict[str, Any] = {"seed": run.seed, "should_stop": asked.should_stop, **settings}
-    told, words = 0.0, 0
-    for item in record(session.model, session.chat, messages_of(run), model_name=session.model_name, **options):
-        words += 1
-        if isinstance(item, Run):
-            yield {"payload": asked.view(asked.keep(item))}
-        elif time.monotonic() - told > FRAME:
-            told = time.monotonic()
-            yield {"note": f"Answering: {words} tokens"}
+    options = {"model_name": session.model_name, "should_stop": asked.should_stop, **sampling(run)}
+    new = yield from noted(record(session.model, session.chat, messages_of(run), **options), "Answering: {} tokens")
+    yield {"payload": asked.view(asked.keep(new))}
 
 
 ACTS: dict[str, Act] = {"ask_other": ask_other, "ask_against": ask_against}

@@ -10,7 +10,7 @@ from workbench.analyses.localise import relative_attention
 from workbench.runs import Run, record
 from workbench.viewer.payload import pack_array
 
-from .act import Act, Asked
+from .act import Act, Asked, in_force
 
 NEUTRAL = "describe the picture."
 SENT = 2_000_000  # numbers of a map; a larger one is sent as its mean over heads
@@ -81,8 +81,7 @@ def eye(asked: Asked) -> Iterator[dict[str, Any]]:
 def _unchanged(asked: Asked) -> Run:
     """The run, if the model as it is now made it. Raises ValueError for a run with changes in force."""
     run = asked.run
-    changes = run.edits[:-1] if "begin" in run.settings else run.edits  # a thought that was begun by hand changes no weight
-    if changes:
+    if changes := in_force(run):
         raise ValueError(
             f"this run was made with a change in force ({changes[0]}), which the model has not now; "
             "open the run without it to look further into the model"

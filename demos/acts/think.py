@@ -15,7 +15,7 @@ from kimi_vl_ref.thought import CLOSE_THOUGHT
 from workbench.analyses.asked import constant_accuracy, plain, shares_with_interval
 from workbench.analyses.budget import thought_budget
 from workbench.analyses.cues import segments, thought_positions
-from workbench.runs import Run, fingerprint
+from workbench.runs import Run
 from workbench.study.families import make
 from workbench.thoughts import (
     ThoughtEdit,
@@ -28,7 +28,7 @@ from workbench.thoughts import (
 )
 from workbench.viewer import payload, steps
 
-from .act import Act, Asked
+from .act import Act, Asked, in_force, same_weights, sampling
 
 HOW = ("change", "insert", "drop", "stop")
 LONGEST_TEXT = 2000  # characters of a new step
@@ -63,9 +63,8 @@ def edit(asked: Asked) -> Iterator[dict[str, Any]]:
     stop     the thought ends after the step, and the model answers. Control: it thinks on.
     """
     run, (begun, control) = asked.run, _edits(asked)
-    _same_weights(asked)
-    changes = [line for line in run.edits if not line.startswith("begin the reply")]
-    known: dict[str, Any] = {"line": str(begun.edit), "without": changes, "branch": None, "control": None}
+    same_weights(asked.session.model, run)
+    known: dict[str, Any] = {"line": str(begun.edit), "without": in_force(run), "branch": None, "control": None}
     new: Run | None = None
     for new, known["branch"] in _written(asked, begun):  # noqa: B007, the last one is the Run
         yield dict(known)
@@ -128,7 +127,7 @@ def sentence_of(run: Run, step: int) -> int:
 def _written(asked: Asked, begun: Begun) -> Iterator[tuple[Run | None, dict[str, Any]]]:
     """(None or, at last, the Run, what is shown of it) while the model goes on, sampling as the asked run did."""
     session, run, shown = asked.session, asked.run, 0.0
-    options = {"seed": run.seed, "should_stop": asked.should_stop, **sampling(run)}
+    options = {"should_stop": asked.should_stop, **sampling(run)}
     for item in continue_from(session.model, session.chat, run, begun.edit, **options):
         done = item if isinstance(item, Run) else None
         if done is None and time.monotonic() - shown < FRAME:
@@ -166,18 +165,6 @@ def _right(asked: Asked, answer: str) -> bool | None:
     return None if known is None else known["right"]
 
 
-def sampling(run: Run) -> dict[str, Any]:
-    """How a run was sampled, as options of `record`."""
-    names = ("max_new_tokens", "temperature", "top_p", "thought_budget")
-    return {name: run.settings[name] for name in names if name in run.settings}
-
-
-def _same_weights(asked: Asked) -> None:
-    recorded, here = asked.run.versions.get("weights"), fingerprint(asked.session.model)
-    if recorded not in (None, here):
-        raise ValueError(f"this run was recorded with other weights ({recorded}, here {here}); ask its question here first")
-
-
 # ---- the answer under a budget
 
 
@@ -187,7 +174,7 @@ def budgets(asked: Asked) -> Iterator[dict[str, Any]]:
     Yields {"rows", "note"}, rows {"budget" (None: no limit), "tokens", "thought", "answer", "same", "right"} in the order of
     budgets; "same" as with no limit, which is asked first. Stopped, the rows so far are the last ones yielded.
     """
-    _same_weights(asked)
+    same_weights(asked.session.model, asked.run)
     rows: list[dict[str, Any]] = []
     for budget in _doubling():
         if rows and budget is not None and budget >= rows[-1]["tokens"]:
@@ -212,7 +199,7 @@ def _doubling() -> Iterator[int | None]:
 def _under(asked: Asked, budget: int | None) -> dict[str, Any] | None:
     """One row of `budgets`; None if it was stopped."""
     session, run = asked.session, asked.run
-    options: dict[str, Any] = {**sampling(run), "thought_budget": budget, "seed": run.seed}
+    options: dict[str, Any] = sampling(run) | {"thought_budget": budget}
     item = None
     for item in stream_reply(session.model, session.chat, messages_of(run), **options):  # noqa: B007
         if asked.should_stop():
