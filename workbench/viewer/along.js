@@ -21,18 +21,22 @@ function drawTracks() {
     });
     draw.globalAlpha = 1;
   });
-  const first = words.findIndex((w) => w >= a), last = words.findLastIndex((w) => w <= b);
-  if (first >= 0 && last >= first) {
-    draw.strokeStyle = colour("accent");
-    draw.lineWidth = 2;
-    draw.strokeRect(left + first * step, 2, (last - first + 1) * step, 96);
-  }
+  frameSpan(draw, words, left, step, 2, 96);
   canvas.setAttribute("aria-label", "Two rows of bars, one bar for each written word: its probability, and its share of attention on the picture");
   say("track-word", a === b && run.words.logprob[a] !== null ? `${quote(run.words.text[a])}: ${percent(Math.exp(run.words.logprob[a]))} sure, ${percent(onPicture(selectedRows(), state.layer, state.head))} on the picture.` : `${b - a + 1} words: ${percent(onPicture(selectedRows(), state.layer, state.head))} of their attention on the picture.`);
-  canvas.pick = (x) => words[Math.max(0, Math.min(words.length - 1, Math.floor((x - left) / step)))];
-  fillTable("track-table", ["word", "probability", "entropy (nats)", "on the picture"], words.map((w, i) =>
-    [run.words.text[w].trim() || "␣", percent(values[0][i]), (run.words.entropy[w] ?? 0).toFixed(2), percent(values[1][i])]));
+  canvas.pick = pickWord(words, left, step);
+  fillTable("track-table", ["word", "probability", "entropy (nats)", "on the picture"], () => words.map((w, i) =>
+    [legible(run.words.text[w]), percent(values[0][i]), (run.words.entropy[w] ?? 0).toFixed(2), percent(values[1][i])]));
 }
+// Of a row of bars, one a word, each `step` wide: the selected words framed, and the word under the mouse.
+function frameSpan(draw, words, left, step, top, tall) {
+  const [a, b] = span(), first = words.findIndex((w) => w >= a), last = words.findLastIndex((w) => w <= b);
+  if (first < 0 || last < first) return;
+  draw.strokeStyle = colour("accent");
+  draw.lineWidth = 2;
+  draw.strokeRect(left + first * step, top, (last - first + 1) * step, tall);
+}
+const pickWord = (words, left, step) => (x) => words[Math.max(0, Math.min(words.length - 1, Math.floor((x - left) / step)))];
 function headShares() {
   const [layers, heads] = run.mass.shape, rows = selectedRows();
   return Array.from({ length: layers }, (_, l) => Array.from({ length: heads }, (_, h) => onPicture(rows, l, h)));
@@ -62,5 +66,5 @@ function drawHeads() {
   const most = `${place || "mean of all"}: ${percent(all[best])}`, why = `${run.averaged} are averaged, to keep so long a run small`;
   say("head-word", `Most: ${most}. ${run.averaged ? capital(why) : "Click a cell to look through that head"}.`);
   canvas.setAttribute("aria-label", `Share of attention on the picture for each layer and head; most in ${most}`);
-  fillTable("head-table", ["layer", ...shares[0].map((_, h) => `head ${h}`)], shares.map((line, l) => [l, ...line.map(percent)]));
+  fillTable("head-table", ["layer", ...shares[0].map((_, h) => `head ${h}`)], () => shares.map((line, l) => [l, ...line.map(percent)]));
 }

@@ -13,7 +13,7 @@ async function unpack({ shape, kind, data }) {
 async function open(payload) {
   const names = ["attention", "mass", "chosen", "chosen_early", "chosen_picture", "weights", "scores", "bias"];
   const arrays = await Promise.all(names.map((name) => unpack(payload[name])));
-  const opened = { ...payload, ...Object.fromEntries(names.map((name, i) => [name, arrays[i]])), tops: {}, sinks: {}, inks: {}, failed: {}, owed: new Map(), neutral: null, eye: null };
+  const opened = { ...payload, ...Object.fromEntries(names.map((name, i) => [name, arrays[i]])), counted: {}, failed: {}, owed: new Map(), neutral: null, eye: null };
   opened.onPicture = payload.role_names.map((name) => name.startsWith("image"));
   return opened;
 }

@@ -1,17 +1,21 @@
 // Which experts served the selected words, and why these.
 
+function expertAxis(draw, left, wide, y) {
+  const every = [1, 2, 4, 8, 16].find((n) => n * wide > 22) || 16;
+  draw.fillStyle = colour("soft");
+  for (let e = 0; e < run.model.experts; e += every) draw.fillText(`${e}`, left + (e + 0.5) * wide - (e > 9 ? 7 : 3), y);
+}
+const shareInk = (share) => (share ? ramp(0.08 + 0.84 * share) : colour("wash"));
 function drawExperts() {
   const { moe_layers: layers, experts, top_k: k } = run.model, rows = selectedRows(), shares = expertShares(rows);
   const canvas = part("experts"), left = 26, top = 18, room = roomFor(canvas), wide = (room - left) / experts;
   const tall = Math.max(9, Math.min(40, 360 / layers.length)), gap = wide > 8 ? 2 : 1;
   const draw = sized(canvas, room, top + layers.length * tall);
-  const every = [1, 2, 4, 8, 16].find((n) => n * wide > 22) || 16;
-  draw.fillStyle = colour("soft");
-  for (let e = 0; e < experts; e += every) draw.fillText(`${e}`, left + (e + 0.5) * wide - (e > 9 ? 7 : 3), 8);
+  expertAxis(draw, left, wide, 8);
   layers.forEach((name, l) => {
     if (tall > 11 || l % 2 === 0) { draw.fillStyle = colour(l === state.tableLayer ? "accent" : "soft"); draw.fillText(`L${name}`, 0, top + (l + 0.5) * tall); }
     shares[l].forEach((share, e) => {
-      draw.fillStyle = share ? ramp(0.08 + 0.84 * share) : colour("wash");
+      draw.fillStyle = shareInk(share);
       draw.fillRect(left + e * wide, top + l * tall, wide - gap, tall - gap - 1);
       if (share && l === state.tableLayer) {
         draw.strokeStyle = colour("accent");
@@ -36,10 +40,9 @@ function drawExperts() {
   const [l, e] = shownExpert() || [];
   say("expert-readout", shownExpert() ? `Layer ${layers[l]}, expert ${e}: chosen for ${percent(shares[l][e])} of the selected words, chance ${percent(chance)}.` : "Point at a cell for its share. Click it to keep it: what it served stays bright on the picture and underlined in the words.");
   canvas.setAttribute("aria-label", `Experts chosen for ${describeSpan()}: ${layers.map((name, i) => `layer ${name}: ${[...shares[i]].map((s, x) => [s, x]).filter(([s]) => s > chance).map(([, x]) => x).join(", ")}`).join("; ")}. Up and down choose a layer, left and right an expert.`);
-  fillTable("share-table", ["expert", ...layers.map((name) => `L${name}`)], Array.from({ length: experts }, (_, x) => [x, ...shares.map((s) => percent(s[x]))]));
+  fillTable("share-table", ["expert", ...layers.map((name) => `L${name}`)], () => Array.from({ length: experts }, (_, x) => [x, ...shares.map((s) => percent(s[x]))]));
   const details = expertDetails(rows, state.tableLayer), listed = details.filter((d) => d.share > 0).slice(0, 8);
   const shown = listed.concat(details.filter((d) => d.share === 0).slice(0, 2));
-  const signed = (v) => (v < 0 ? "−" : "+") + Math.abs(v).toFixed(2);
   const one = rows.length === 1, made = table(["expert", "score", "bias", "sum", "weight"], shown.map((d) =>
     [d.expert + (one || !d.share ? "" : ` (${percent(d.share)})`), d.score.toFixed(2), signed(d.bias), (d.score + d.bias).toFixed(2), d.share ? d.weight.toFixed(2) : "none"]), (i) => (shown[i].share ? "in" : ""));
   made.dataset.part = "expert-table";

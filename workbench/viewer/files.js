@@ -7,6 +7,19 @@ function download(name, data, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+function choosesFile(button, input, take) { // a button that opens a hidden field for files; both by name
+  part(button).onclick = () => part(input).click();
+  part(input).onchange = (e) => {
+    const [file] = e.target.files;
+    e.target.value = ""; // so that the same file can be chosen again
+    if (file) take(file);
+  };
+}
+async function uploaded(file, note) { // its path, "" where it failed
+  try { return (await hands.upload(file)).path; } catch { note.textContent = `${file.name} could not be uploaded; it may be larger than 32 MB.`; }
+  return "";
+}
+const handed = (receive) => (told, done) => { if (done && told.payload) receive(told.payload); }; // for `acting`
 // A run file goes to Python and comes back as a payload; a viewer file has its payload inside and needs nobody.
 async function openFile(file, button, note, receive) {
   if (/\.html?$/.test(file.name)) {
@@ -23,8 +36,7 @@ async function openFile(file, button, note, receive) {
   }
   button.disabled = true;
   note.textContent = "Uploading…";
-  let path = "";
-  try { path = (await hands.upload(file)).path; } catch { note.textContent = `${file.name} could not be uploaded; it may be larger than 32 MB.`; }
+  const path = await uploaded(file, note);
   button.disabled = false;
-  if (path) acting(button, note, "open_run", () => ({ path, name: file.name }), (told, done) => { if (done && told.payload) receive(told.payload); });
+  if (path) acting(button, note, "open_run", { path, name: file.name }, handed(receive));
 }

@@ -6,9 +6,14 @@ function make(tag, className, text) {
   if (text !== undefined) made.textContent = text;
   return made;
 }
+function makeButton(text, press, className = "") {
+  return Object.assign(make("button", className, text), { type: "button", onclick: press });
+}
 const say = (name, text) => (part(name).textContent = text);
 const percent = (v) => (v >= 0.0995 ? `${Math.round(100 * v)}%` : v >= 0.0005 || v === 0 ? `${+(100 * v).toFixed(1)}%` : "<0.1%");
-const quote = (text) => `“${text.trim() || "␣"}”`;
+const legible = (text) => text.trim() || "␣"; // a word of blanks can be seen
+const quote = (text) => `“${legible(text)}”`;
+const signed = (v) => (v < 0 ? "−" : "+") + Math.abs(v).toFixed(2);
 const colour = (name) => getComputedStyle(frame).getPropertyValue(`--${name}`).trim();
 const isDark = () => frame.dataset.theme === "dark";
 const MAGMA = [[252, 253, 191], [254, 176, 120], [241, 96, 93], [183, 55, 121], [114, 31, 129], [44, 17, 95]];
@@ -45,4 +50,5 @@ function table(head, rows, mark = () => "") {
   });
   return made;
 }
-const fillTable = (name, ...rest) => part(name).open && part(name).querySelector(".scroll").replaceChildren(table(...rest));
+// The table of a `details`; rows() is asked only while it is open.
+const fillTable = (name, head, rows) => part(name).open && part(name).querySelector(".scroll").replaceChildren(table(head, rows()));

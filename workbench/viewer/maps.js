@@ -19,12 +19,13 @@ const divergingBar = () => `linear-gradient(90deg, ${[-1, -0.5, 0, 0.5, 1].map((
 // ---- colours of experts: the seven that serve most in a layer, told apart by colour-blind eyes (Okabe and Ito)
 const EXPERT_INKS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442"];
 function expertInks(l) { // expert -> colour, by how often it is the first expert of a visual token or a word
-  if (l in run.inks) return run.inks[l];
-  const counts = new Uint32Array(run.model.experts);
-  for (let token = 0; token < pictureTokens(); token++) counts[pictureExperts(l, token)[0]]++;
-  for (let row = 0; row < run.rows; row++) counts[firstExpert(l, row)]++;
-  const order = [...counts.keys()].filter((e) => counts[e]).sort((a, b) => counts[b] - counts[a] || a - b);
-  return (run.inks[l] = new Map(order.slice(0, EXPERT_INKS.length).map((e, i) => [e, EXPERT_INKS[i]])));
+  return once(`inks ${l}`, () => {
+    const counts = new Uint32Array(run.model.experts), tokens = pictureTokens();
+    for (let token = 0; token < tokens; token++) counts[pictureExperts(l, token)[0]]++;
+    for (let row = 0; row < run.rows; row++) counts[firstExpert(l, row)]++;
+    const order = [...counts.keys()].filter((e) => counts[e]).sort((a, b) => counts[b] - counts[a] || a - b);
+    return new Map(order.slice(0, EXPERT_INKS.length).map((e, i) => [e, EXPERT_INKS[i]]));
+  });
 }
 const expertInk = (l, e) => expertInks(l).get(e) || colour("faint");
 const served = (l, e) => ofPicture(Float32Array.from({ length: pictureTokens() }, (_, token) => (pictureExperts(l, token).includes(e) ? 1 : 0)));
@@ -87,8 +88,8 @@ const MAPS = {
       const patch = patchShown(), known = run.eye && run.eye.patch === patch && run.eye.picture === state.picture;
       return patch === null || known ? null : { key: `eye ${state.picture} ${patch}`, name: "eye", args: { picture: state.picture, patch }, async take(data) {
         run.eye = { ...data, attention: await unpack(data.attention) };
-        const [layers, heads] = run.eye.attention.shape, count = (n) => [...Array(n).keys()];
-        for (const [name, n] of [["eye-layer", layers], ["eye-head", heads]]) options(name, ["all", ...count(n)], ["all", ...count(n)]);
+        const [layers, heads] = run.eye.attention.shape;
+        for (const [name, n] of [["eye-layer", layers], ["eye-head", heads]]) options(name, ["all", ...numbers(n)]);
         part("eye-layer").value = state.eyeLayer;
         part("eye-head").value = state.eyeHead;
       } };

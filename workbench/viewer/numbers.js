@@ -7,12 +7,13 @@ function rowOf(word, side = state.side) {
   return row >= 0 && row < run.rows ? row : -1;
 }
 const span = () => [Math.min(state.from, state.to), Math.max(state.from, state.to)];
-function selectedRows() {
-  const [a, b] = span(), rows = [];
-  for (let word = a; word <= b; word++) if (rowOf(word) >= 0 && (a === b || isShown(word))) rows.push(rowOf(word));
-  return rows;
+function selectedWords() {
+  const [a, b] = span();
+  return Array.from({ length: b - a + 1 }, (_, i) => a + i).filter((word) => a === b || isShown(word));
 }
-const axis = (choice, n) => (n === 1 ? [0] : choice === "all" ? [...Array(n).keys()] : [choice]);
+const rowsOf = (words) => words.map((word) => rowOf(word)).filter((row) => row >= 0);
+const selectedRows = () => rowsOf(selectedWords());
+const axis = (choice, n) => (n === 1 ? [0] : choice === "all" ? numbers(n) : [choice]);
 function mean(array, rows, layer, head) { // (layers, heads, rows, last) -> last: over the layers, heads and rows asked for
   const [layers, heads, length, last] = array.shape, out = new Float32Array(last);
   const ls = axis(layer, layers), hs = axis(head, heads), n = ls.length * hs.length * rows.length || 1;
@@ -49,11 +50,15 @@ function attentionTo(token) { // (rows): how much each looked at one visual toke
   for (const l of ls) for (const h of hs) for (let r = 0; r < rows; r++) out[r] += run.attention.at(((l * heads + h) * rows + r) * last + token);
   return out.map((v) => v / (ls.length * hs.length));
 }
+// What depends on the run alone is counted once a run.
+const once = (key, count) => (key in run.counted ? run.counted[key] : (run.counted[key] = count()));
 // Visual tokens that nearly every word looks at, whichever it is: in 9 of 10 rows at least 5 times an even share.
 const SINK = { times: 5, rows: 0.9 };
 function sinks() {
-  const key = `${state.layer} ${state.head}`, [layers, heads, rows, last] = run.attention.shape;
-  if (key in run.sinks) return run.sinks[key];
+  return once(`sinks ${state.layer} ${state.head}`, countSinks);
+}
+function countSinks() {
+  const [layers, heads, rows, last] = run.attention.shape;
   const ls = axis(state.layer, layers), hs = axis(state.head, heads), often = new Uint32Array(last);
   for (let r = 0; r < rows; r++) {
     const sum = new Float32Array(last), least = (SINK.times * ls.length * hs.length) / (run.first_row + r + 1);
@@ -63,25 +68,22 @@ function sinks() {
     }
     for (let m = 0; m < last; m++) if (sum[m] >= least) often[m]++;
   }
-  return (run.sinks[key] = [...often.keys()].filter((m) => often[m] >= SINK.rows * rows));
+  return [...often.keys()].filter((m) => often[m] >= SINK.rows * rows);
 }
 const pictureTokens = () => run.pictures.reduce((sum, shown) => sum + shown.tokens, 0);
-function pictureExperts(l, token) { // ids, the largest weight first; the token is counted over all pictures
-  const k = run.model.top_k, start = (l * pictureTokens() + token) * k;
-  return run.chosen_picture.raw.subarray(start, start + k);
+function lastOf({ shape, raw }, l, at) { // (layers, positions, K) -> the K of one place
+  const [, count, k] = shape, start = (l * count + at) * k;
+  return raw.subarray(start, start + k);
 }
-function rowExperts(l, row) { // ids as chosen
-  const [, rows, k] = run.chosen.shape, start = (l * rows + row) * k;
-  return run.chosen.raw.subarray(start, start + k);
-}
+const pictureExperts = (l, token) => lastOf(run.chosen_picture, l, token); // the largest weight first; of all pictures' tokens
+const rowExperts = (l, row) => lastOf(run.chosen, l, row); // as chosen
 function firstExpert(l, row) { // the one with the largest weight; of equal ones the first chosen
-  const [, rows, k] = run.chosen.shape, start = (l * rows + row) * k, weights = run.weights.raw.subarray(start, start + k);
-  return run.chosen.raw[start + weights.indexOf(Math.max(...weights))];
+  const weights = lastOf(run.weights, l, row);
+  return rowExperts(l, row)[weights.indexOf(Math.max(...weights))];
 }
 // One scale top for the whole run and each kind of map: a map never stretches itself to its own largest value.
 function scaleTop() {
-  const kind = `${state.layer === "all"} ${state.head === "all"}`;
-  if (!(kind in run.tops)) {
+  return once(`top ${state.layer === "all"} ${state.head === "all"}`, () => {
     const values = [], [layers, heads] = run.attention.shape;
     const ls = state.layer === "all" ? ["all"] : axis("all", layers), hs = state.head === "all" ? ["all"] : axis("all", heads);
     const words = run.words.at.map((_, w) => w).filter((w) => rowOf(w) >= 0 && run.words.at[w] >= run.prompt_length);
@@ -90,7 +92,6 @@ function scaleTop() {
     for (const l of ls) for (const h of hs) for (const w of words) if (n++ % step === 0) values.push(Math.max(...mean(run.attention, [rowOf(w)], l, h)));
     values.sort((a, b) => a - b);
     const high = values[Math.floor(0.9 * (values.length - 1))] || 0;
-    run.tops[kind] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1].find((top) => top >= high) || 1;
-  }
-  return run.tops[kind];
+    return [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1].find((top) => top >= high) || 1;
+  });
 }

@@ -27,12 +27,10 @@ function addPanel(panel) {
 function buildTabs() {
   const tabs = [["look", "Look"], ...panels.map((panel) => [panel.name, panel.label])];
   part("tabs").replaceChildren(...tabs.map(([name, label]) => {
-    const tab = make("button", "", label);
-    tab.type = "button";
+    const tab = makeButton(label, () => set({ tab: name }));
     tab.dataset.tab = name;
     tab.setAttribute("role", "tab");
     tab.setAttribute("aria-controls", name === "look" ? "panel-look" : `panel-${name}`);
-    tab.onclick = () => set({ tab: name });
     return tab;
   }));
   part("tabs").onkeydown = (e) => {
@@ -77,14 +75,18 @@ function received(result) {
   awaited.get(result.id)?.(result);
   if (result.done || result.error) awaited.delete(result.id);
 }
-// A button that asks: it is off while it waits, says so, and what went wrong stands beside it. `after`: it is over.
-function acting(button, note, name, args, show, after = () => {}) {
-  const text = button.textContent;
-  button.disabled = true;
+// What stands beside a button that asked; `end` when it is over.
+const standing = ({ data, done, error }, end = "") => error || (done ? end : data?.note || "Working…");
+// A button that asks: it is off while it waits, says so, and what went wrong stands beside it. `stop`: shown meanwhile.
+function acting(button, note, name, args, show, stop = null) {
+  const busy = (on) => { button.disabled = on; if (stop) stop.hidden = !on; };
+  busy(true);
   note.textContent = "Working…";
-  act(name, args(), ({ data, done, error }) => {
-    if (data) show(data, done);
-    note.textContent = error || (done ? "" : data?.note || "Working…");
-    if (done || error) { button.disabled = false; button.textContent = text; after(); }
+  act(name, args, (result) => {
+    if (result.data) show(result.data, result.done);
+    note.textContent = standing(result);
+    if (result.done || result.error) busy(false);
   });
 }
+// Ends what was asked, whose own last result says what came of it: to this itself there is no answer to wait for.
+const stops = (name) => (part(name).onclick = () => hands.act({ id: 0, name: "stop", run: run.id, args: {} }));

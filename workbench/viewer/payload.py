@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..analyses.cues import CLASSES, classify, segments, split_sentences
+from ..analyses.cues import classify, segments, split_sentences
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from kimi_vl_ref.images import Picture
 
     from ..runs import Run
@@ -49,7 +51,7 @@ def payload(
     attention, averaged = _attention(run.picture_attention, attention_bytes)
     mass = np.asarray(run.role_mass, np.float32)
     if averaged:  # both panels must speak of the same heads
-        mass = _like(mass, attention[0])
+        mass = _like(mass, attention["shape"])
     ids = "uint8" if run.n_experts <= 256 else "uint16"
     return {
         "kind": "run",
@@ -86,11 +88,10 @@ def payload(
             "logprob": [_number(run.logprobs[at]) for at in words],
             "entropy": [_number(run.entropies[at]) for at in words],
         },
-        "kinds": list(CLASSES),
         "segments": _segments(run, words),
         "role_names": list(run.role_names),
         "averaged": averaged,
-        "attention": pack_array(*attention),
+        "attention": attention,
         "mass": pack_array(mass, "unit16"),
         "chosen": pack_array(run.chosen[:, rows], "uint16"),
         "chosen_early": pack_array(_by_weight(run, [at for at in words if at < run.first_row]), ids),
@@ -181,15 +182,15 @@ def _earlier(run: Run) -> int:
     return begins[-1] if len(begins) > 1 else 0
 
 
-def _attention(attention: np.ndarray, limit: int) -> tuple[tuple[np.ndarray, str], str]:
-    """((L or 1, H or 1, rows, M) array, its kind), and in words what was averaged to stay small ("" for nothing)."""
+def _attention(attention: np.ndarray, limit: int) -> tuple[dict[str, Any], str]:
+    """The (L or 1, H or 1, rows, M) array, packed, and in words what was averaged to stay small ("" for nothing)."""
     attention = np.asarray(attention, np.float32)
-    smaller, averaged = attention, ""
+    packed, averaged = {}, ""
     for axes, averaged in (((), ""), ((1,), "heads"), ((0, 1), "layers and heads")):  # noqa: B007, it is returned
-        smaller = attention.mean(axis=axes, keepdims=True) if axes else attention
-        if smaller.size <= limit or 3 * len(pack_array(smaller, "root8")["data"]) <= 4 * limit:  # 4 letters a 3 bytes
+        packed = pack_array(attention.mean(axis=axes, keepdims=True) if axes else attention, "root8")
+        if np.prod(packed["shape"]) <= limit or 3 * len(packed["data"]) <= 4 * limit:  # 4 letters a 3 bytes
             break
-    return (smaller, "root8"), averaged
+    return packed, averaged
 
 
 def _segments(run: Run, words: list[int]) -> list[list[Any]]:
@@ -205,8 +206,8 @@ def _by_weight(run: Run, positions: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.take_along_axis(run.chosen[:, at], order, -1)
 
 
-def _like(mass: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    axes = tuple(axis for axis in (0, 1) if attention.shape[axis] == 1)
+def _like(mass: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    axes = tuple(axis for axis in (0, 1) if shape[axis] == 1)
     return mass.mean(axis=axes, keepdims=True)
 
 
@@ -216,7 +217,7 @@ def _pictures(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
         grid = picture.grid
         listed.append(
             {
-                "src": _picture_source(picture),
+                "src": picture_source(picture.image),
                 "original": list(grid.original),
                 "resized": list(grid.resized),
                 "grid": list(grid.grid),
@@ -231,11 +232,11 @@ def _pictures(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
     return listed
 
 
-def _picture_source(picture: Picture) -> str:
-    image = picture.image
-    if max(image.size) > SHOWN_SIDE:
+def picture_source(image: Image, side: int = SHOWN_SIDE) -> str:
+    """A picture as the `src` of an <img>; one with more than `side` pixels on a side is made smaller."""
+    if max(image.size) > side:
         image = image.copy()
-        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        image.thumbnail((side, side))
     file, small = BytesIO(), image.width * image.height <= 300_000
     if small:
         image.save(file, "PNG", optimize=True)

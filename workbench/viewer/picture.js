@@ -17,41 +17,49 @@ function drawPicture() {
     return;
   }
   canvas.parentElement.hidden = false;
-  const g = geometry(), room = roomFor(canvas), scale = Math.min(room / g.padded[0], (state.tab === "look" ? 400 : 260) / g.padded[1]);
-  const [width, height] = [g.padded[0] * scale, g.padded[1] * scale];
-  const draw = sized(canvas, width, height);
+  const { draw, g, scale, width, height } = pictureCanvas(canvas, roomFor(canvas), state.tab === "look" ? 400 : 260);
   say("size", `${g.original[0]} × ${g.original[1]} px, ${g.grid[1]} × ${g.grid[0]} patches`);
-  drawPadding(draw, width, height);
   draw.imageSmoothingEnabled = g.resized[0] * 3 > width;
-  const image = run.images[state.picture];
-  // pale under the map, so that the colours of the map stand out; where a browser has no filters, only less so
-  if (run.kind === "run" && state.view === "heat" && mapName() !== "served" && shownMap().cells()) draw.filter = "saturate(35%)";
-  if (image.naturalWidth) draw.drawImage(image, -g.offset[0] * scale, -g.offset[1] * scale, g.resized[0] * scale, g.resized[1] * scale);
-  draw.filter = "none";
-  if (run.kind === "run") drawMap(draw, g, scale, width, height);
+  const values = run.kind === "run" && state.view !== "picture" ? shownMap().cells() : null;
+  drawImage(draw, g, scale, values && state.view === "heat" && mapName() !== "served" ? PALE : "none");
+  if (values) drawMap(draw, g, values, scale, width, height);
   drawGrid(draw, g, scale);
   drawClick(draw, g, scale);
   if (run.kind === "run") for (const overlay of overlays) overlay(draw, g, scale);
   if (run.kind === "run" && shownToken() !== null && shownToken() < g.tokens) outline(draw, shownToken(), g.across, g.cell * scale);
 }
+function pictureCanvas(canvas, room, tallest) { // sized for the picture shown with its padding, ready to be drawn on
+  const g = geometry(), scale = Math.min(room / g.padded[0], tallest / g.padded[1]), [width, height] = g.padded.map((side) => side * scale);
+  const draw = sized(canvas, width, height);
+  drawPadding(draw, width, height);
+  return { draw, g, scale, width, height, side: g.cell * scale };
+}
+const PALE = "saturate(35%)"; // so that the colours of the map stand out; where a browser has no filters, only less so
+function drawImage(draw, g, scale, filter) {
+  const image = run.images[state.picture];
+  draw.filter = filter;
+  if (image.naturalWidth) draw.drawImage(image, -g.offset[0] * scale, -g.offset[1] * scale, g.resized[0] * scale, g.resized[1] * scale);
+  draw.filter = "none";
+}
+function drawVeil(draw, width, height) { // for the same reason
+  draw.fillStyle = isDark() ? "rgba(18,21,27,.5)" : "rgba(255,255,255,.3)";
+  draw.fillRect(0, 0, width, height);
+}
+const boxOf = (cell, across, side) => [(cell % across) * side, Math.floor(cell / across) * side, side, side];
 function outline(draw, cell, across, side) {
   draw.strokeStyle = colour("accent");
   draw.lineWidth = 2.5;
-  draw.strokeRect((cell % across) * side, Math.floor(cell / across) * side, side, side);
+  draw.strokeRect(...boxOf(cell, across, side));
 }
-function drawMap(draw, g, scale, width, height) {
-  const one = shownMap(), values = one.cells(), patches = mapName() === "eye";
-  if (!values || state.view === "picture") return;
+function drawMap(draw, g, values, scale, width, height) {
+  const one = shownMap(), patches = mapName() === "eye";
   const [across, side] = patches ? [g.grid[1], g.patch * scale] : [g.across, g.cell * scale];
   const shade = state.view === "spotlight" || mapName() === "served";
-  if (!shade) { // so that colours of the map stand out
-    draw.fillStyle = isDark() ? "rgba(18,21,27,.5)" : "rgba(255,255,255,.3)";
-    draw.fillRect(0, 0, width, height);
-  }
+  if (!shade) drawVeil(draw, width, height);
   values.forEach((value, cell) => {
     if (value === null) return;
     draw.fillStyle = shade ? `rgba(10,12,18,${0.8 * (1 - one.light(value))})` : inkOf(one, value);
-    draw.fillRect((cell % across) * side, Math.floor(cell / across) * side, side, side);
+    draw.fillRect(...boxOf(cell, across, side));
   });
   if (mapName() === "experts" && side > 17) numberCells(draw, values, across, side);
   if (mapName() === "attention") drawSinks(draw, g, side);
@@ -144,7 +152,7 @@ function drawLooking() { // everything around the picture that speaks of the sam
   const numeric = Boolean(one.ends), most = values && numeric && values[best] !== null ? ` Most: ${placeOf(best, g, unit)}, ${one.text(values[best])}.` : "";
   part("picture").setAttribute("aria-label", `${one.say(of)}${most} Arrow keys move over the picture tokens.`);
   say("readout", token !== null && values && unit === "token" ? told(token, values[token]) : `${g.tokens} tokens of ${g.merge} × ${g.merge} patches.${most}`);
-  fillTable("heat-table", ["row", ...Array.from({ length: across }, (_, c) => `col ${c + 1}`)], Array.from({ length: values ? values.length / across : 0 }, (_, r) =>
+  fillTable("heat-table", ["row", ...Array.from({ length: across }, (_, c) => `col ${c + 1}`)], () => Array.from({ length: values ? values.length / across : 0 }, (_, r) =>
     [r + 1, ...values.slice(r * across, (r + 1) * across).map((v) => (v === null ? "none" : one.text(v)))]));
 }
 function thumb(image) { // a small picture for a button
@@ -187,12 +195,10 @@ function drawExpertKey(on) { // the colours of experts, each a button that choos
   if (!on) return;
   const values = MAPS.experts.cells();
   key.replaceChildren(...[...expertInks(l)].map(([e, ink]) => {
-    const share = values.filter((v) => v === e).length / (values.length || 1), button = make("button", "", share ? `${e} · ${percent(share)}` : `${e} · words`);
-    button.type = "button";
+    const share = values.filter((v) => v === e).length / (values.length || 1), button = makeButton(share ? `${e} · ${percent(share)}` : `${e} · words`, () => chooseExpert(l, e));
     button.style.setProperty("--c", ink);
     button.setAttribute("aria-label", `Expert ${e}, first for ${percent(share)} of the picture; choose it`);
     button.setAttribute("aria-pressed", `${state.expert}` === `${[l, e]}`);
-    button.onclick = () => chooseExpert(l, e);
     return button;
   }));
 }

@@ -105,7 +105,7 @@ function kimiViewer(host, hands) {
     if (run.kind === "run") layOut();
     drawPicture();
     if (run.kind !== "run") return;
-    for (const [name, key] of [["layer", "layer"], ["head", "head"]]) part(name).value = state[key];
+    for (const name of ["layer", "head"]) part(name).value = state[name];
     for (const [name, value] of Object.entries({ views: state.view, sides: state.side, maps: chosenMap(), pictures: state.picture }))
       for (const button of part(name).children) button.setAttribute("aria-pressed", button.dataset.value === String(value));
     part("head-bar").style.background = gradient();
@@ -125,22 +125,21 @@ function kimiViewer(host, hands) {
     set(extend ? { to: word } : { from: word, to: word });
     root.getElementById(`word-${word}`)?.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
-  function options(name, values, labels) {
+  const numbers = (n) => [...Array(n).keys()];
+  function options(name, values, labels = values) {
     part(name).replaceChildren(...values.map((value, i) => Object.assign(make("option", "", labels[i]), { value })));
   }
   function choices(name, values, pick) {
     part(name).replaceChildren(...values.map(([value, text]) => {
-      const button = make("button", "", text);
-      button.type = "button";
+      const button = makeButton(text, () => pick(value));
       button.dataset.value = value;
-      button.onclick = () => pick(value);
       return button;
     }));
   }
   function buildControls() {
-    const { layers, heads, moe_layers } = run.model, numbers = (n) => [...Array(n).keys()];
-    options("layer", ["all", ...numbers(layers)], ["all", ...numbers(layers)]);
-    options("head", ["all", ...numbers(heads)], ["all", ...numbers(heads)]);
+    const { layers, heads, moe_layers } = run.model;
+    options("layer", ["all", ...numbers(layers)]);
+    options("head", ["all", ...numbers(heads)]);
     options("table-layer", numbers(moe_layers.length), moe_layers);
     part("head").disabled = run.averaged !== "";
     part("layer").disabled = run.averaged === "layers and heads";

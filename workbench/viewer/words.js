@@ -1,6 +1,6 @@
 // The words of the conversation, and which of them are selected.
 
-const TURNS = { earlier: "earlier", question: "question", thought: "thought", answer: "answer" };
+const TURNS = ["earlier", "question", "thought", "answer"];
 function isTemplate(word) {
   const role = run.words.role[word];
   return role === "special" || role === "system";
@@ -20,7 +20,7 @@ function moment() {
 function buildStrip() {
   const strip = part("strip"), turns = {};
   strip.replaceChildren();
-  for (const name of Object.values(TURNS)) {
+  for (const name of TURNS) {
     const turn = make("div", `turn ${name}`), id = `label-${name}`;
     turn.setAttribute("role", "group");
     turn.setAttribute("aria-labelledby", id);
@@ -121,5 +121,5 @@ function drawStrip() {
     for (const [end, text] of [["strip-low", lines.ends[0]], ["strip-top", lines.ends[1]]]) say(end, text);
   }
   part("looked-table").hidden = !lines;
-  if (lines && part("looked-table").open) fillTable("looked-table", ["word", lines.ends ? "on this patch" : "expert"], choosable().map((w) => [run.words.text[w].trim() || "␣", lines.text(rowOf(w))]));
+  if (lines) fillTable("looked-table", ["word", lines.ends ? "on this patch" : "expert"], () => choosable().map((w) => [legible(run.words.text[w]), lines.text(rowOf(w))]));
 }

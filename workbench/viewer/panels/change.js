@@ -47,7 +47,7 @@ let box = null; // x0, y0, x1, y1 of the region, in pixels of the original pictu
 let drag = null;
 let fields = {};
 
-const count = (n) => [...Array(n).keys()].map((i) => [i, `${i}`]);
+const count = (n) => numbers(n).map((i) => [i, `${i}`]);
 const parts = () => [["question", "the question"], ...(run.thought ? [["thought", "the thought"]] : [])];
 const shownPictures = () => run.pictures.map((_, i) => [`picture ${i}`, `picture ${i + 1}`]);
 const named = (value, options) => options.find(([known]) => `${known}` === `${value}`)?.[1] ?? value;
@@ -119,7 +119,6 @@ const KINDS = {
     text: (v) => `${named(v.from, LOOKERS())} cannot look at ${named(v.to, LOOKED())}`,
   },
 };
-const signed = (v) => (v < 0 ? "−" : "+") + Math.abs(v).toFixed(2);
 
 // ---- the form, and the list
 function opened() {
@@ -137,7 +136,7 @@ function opened() {
 }
 choices("change-kinds", Object.keys(KINDS).map((name) => [name, name]), (name) => { kind = name; buildForm(); set({}); });
 function buildForm() {
-  const form = part("change-form"), add = make("button", "", "Add to the list");
+  const form = part("change-form"), add = makeButton("Add to the list", addToList);
   fields = {};
   form.replaceChildren();
   for (const button of part("change-kinds").children) {
@@ -165,9 +164,7 @@ function buildForm() {
     const input = field(`corner-${i}`, label, Object.assign(make("input"), { type: "number", min: 0, max: geometry().original[i % 2] }));
     input.oninput = () => { box = [0, 1, 2, 3].map((k) => (fields[`corner-${k}`].value === "" ? NaN : +fields[`corner-${k}`].value)); drawPicture(); };
   });
-  add.type = "button";
   add.dataset.part = "change-add";
-  add.onclick = addToList;
   form.append(add);
   takeMouse(kind === "region");
 }
@@ -199,16 +196,14 @@ function addToList() {
 }
 function drawList() {
   const chips = list.map(({ text }, i) => {
-    const chip = make("li"), button = make("button", "chip", text);
-    button.type = "button";
-    button.setAttribute("aria-label", `Remove: ${text}`);
-    button.append(make("span", "", "×"));
-    button.onclick = () => {
+    const chip = make("li"), button = makeButton(text, () => {
       list.splice(i, 1);
       drawList();
       drawPicture();
       (part("change-list").querySelectorAll("button")[Math.min(i, list.length - 1)] || part("change-add")).focus();
-    };
+    }, "chip");
+    button.setAttribute("aria-label", `Remove: ${text}`);
+    button.append(make("span", "", "×"));
     chip.append(button);
     return chip;
   });
@@ -278,10 +273,10 @@ function asking(name, args, take) {
   drawButtons();
   say("change-note", "Working…");
   const changes = list.map(({ spec }) => spec);
-  act(name, { changes, ...args }, ({ data, done, error }) => {
-    if (data && !error) take(data, done);
-    working = !(done || error);
-    say("change-note", error || (done ? data?.stopped || "" : data?.note || "Working…"));
+  act(name, { changes, ...args }, (result) => {
+    if (result.data) take(result.data);
+    working = !(result.done || result.error);
+    say("change-note", standing(result, result.data?.stopped));
     drawButtons();
   }, base.id);
 }
@@ -316,17 +311,16 @@ part("change-more").onclick = () => asking("more controls", { seed: seed + 1, co
   rows = data.rows;
   drawControls(data.sentence);
 });
-part("change-stop").onclick = () => act("stop", {}, () => {});
+stops("change-stop");
 
 // ---- what came of it
 const NAMES = { before: "Before", changed: "Changed", control: "Random control" };
 function drawAnswers() {
   part("change-answers").replaceChildren(...columns.map((one, i) => {
-    const card = make("div", "column"), top = make("h4", "", NAMES[one.name]), shown = run.id === one.id, button = make("button", "", shown ? "shown" : "show");
-    button.type = "button";
+    const card = make("div", "column"), top = make("h4", "", NAMES[one.name]), shown = run.id === one.id;
+    const button = makeButton(shown ? "shown" : "show", () => show(one.payload));
     button.disabled = shown;
     button.setAttribute("aria-label", `${shown ? "Shown in the viewer" : "Show in the viewer"}: ${NAMES[one.name].toLowerCase()}`);
-    button.onclick = () => show(one.payload);
     top.append(button);
     const answer = words("said", one.answer, "no answer"), thought = words("mulled", one.thought, "no thought");
     const what = make("ul", "lines");

@@ -40,7 +40,6 @@ addPanel({
   },
 });
 const compared = { other: null, listed: null };
-const REPLY = ["thought", "answer"];
 
 function listRuns() {
   compared.listed = run.id;
@@ -60,32 +59,18 @@ async function compareWith(payload) {
   compared.listed = null;
   if (run?.kind === "run") draw();
 }
-const arrived = (told, done) => { if (done && told.payload) compareWith(told.payload); };
 part("compare-run").onchange = (e) => {
   const id = e.target.value;
-  if (id) acting(e.target, part("compare-note"), "show_run", () => ({ id }), arrived);
+  if (id) acting(e.target, part("compare-note"), "show_run", { id }, handed(compareWith));
 };
-part("compare-open").onclick = () => part("compare-file").click();
-part("compare-file").onchange = (e) => {
-  const [file] = e.target.files;
-  e.target.value = "";
-  if (file) openFile(file, part("compare-open"), part("compare-note"), compareWith);
-};
-part("compare-picture").onclick = () => part("compare-image").click();
-part("compare-image").onchange = async (e) => {
-  const [file] = e.target.files;
-  e.target.value = "";
-  if (!file) return;
-  let path = "";
-  try { path = (await hands.upload(file)).path; } catch { say("compare-note", `${file.name} could not be uploaded; it may be larger than 32 MB.`); }
+choosesFile("compare-open", "compare-file", (file) => openFile(file, part("compare-open"), part("compare-note"), compareWith));
+choosesFile("compare-picture", "compare-image", async (file) => {
+  const path = await uploaded(file, part("compare-note"));
   if (path) askAgain("compare-picture", "ask_other", { path });
-};
+});
 part("compare-weights").onclick = () => askAgain("compare-weights", "ask_against", {});
-part("compare-stop").onclick = () => act("stop", {}, () => {});
-function askAgain(button, name, args) {
-  part("compare-stop").hidden = false;
-  acting(part(button), part("compare-note"), name, () => args, arrived, () => (part("compare-stop").hidden = true));
-}
+stops("compare-stop");
+const askAgain = (button, name, args) => acting(part(button), part("compare-note"), name, args, handed(compareWith), part("compare-stop"));
 
 // ---- both runs
 // All numbers of the viewer speak of `run`; here the same functions speak of another one for a moment.
@@ -103,12 +88,7 @@ function linkedWord(word) { // the other run's word for one of this run's, or -1
   const role = run.words.role[word], place = spoken(run, role).indexOf(word);
   return place < 0 ? -1 : spoken(compared.other, role)[place] ?? -1;
 }
-function linkedWords() {
-  const [a, b] = span(), found = [];
-  for (let w = a; w <= b; w++) if (a === b || isShown(w)) found.push(linkedWord(w));
-  return found.filter((w) => w >= 0);
-}
-const rowsOfWords = (words) => words.map((w) => rowOf(w)).filter((row) => row >= 0);
+const linkedWords = () => selectedWords().map(linkedWord).filter((w) => w >= 0);
 function sure(one) { // probability of the whole answer as it was written
   const logs = spoken(one, "answer").filter((w) => one.words.at[w] >= one.prompt_length).map((w) => one.words.logprob[w]);
   return logs.length && logs.every((v) => v !== null) ? Math.exp(logs.reduce((sum, v) => sum + v, 0)) : null;
@@ -116,7 +96,7 @@ function sure(one) { // probability of the whole answer as it was written
 function facts(one, words) {
   const shown = (v) => (v === null ? "not known" : percent(v)), first = words[0], log = words.length === 1 ? one.words.logprob[first] : null;
   return { question: one.question, answer: one.answer || "none", "sure of the answer": shown(sure(one)), "sure of the linked word": words.length === 1 && log !== null ? percent(Math.exp(log)) : "–",
-    "on the picture": words.length ? percent(within(one, () => onPicture(rowsOfWords(words), state.layer, state.head))) : "–",
+    "on the picture": words.length ? percent(within(one, () => onPicture(rowsOf(words), state.layer, state.head))) : "–",
     "words of the thought": `${spoken(one, "thought").length}`, weights: one.model.name, edits: (one.edits || []).join("; ") || "none" };
 }
 function differing() {
@@ -135,8 +115,7 @@ function drawCompared() {
   part("compare-both").hidden = !both;
   part("compare-empty").hidden = both;
   if (!both) return;
-  const [a, b] = span(), mine = [], theirs = linkedWords();
-  for (let w = a; w <= b; w++) if (rowOf(w) >= 0 && (a === b || isShown(w))) mine.push(w);
+  const mine = selectedWords().filter((w) => rowOf(w) >= 0), theirs = linkedWords();
   const told = [facts(run, mine), facts(other, theirs)];
   part("compare-facts").replaceChildren(table(["", "this run", "other run"], Object.keys(told[0]).map((name) => [name, told[0][name], told[1][name]])));
   const unlike = differing();
@@ -152,30 +131,24 @@ function drawMaps(mine, theirs) {
     const canvas = part(`compare-${name}-map`), text = words.length ? quote(words.map((w) => one.words.text[w]).join("")) : "no such word";
     say(`compare-${name}-word`, `${name === "a" ? "this run" : "other run"}: ${short(text, 40)}`);
     canvas.parentElement.hidden = !one.pictures.length;
-    if (one.pictures.length) within(one, () => paintMap(canvas, rowsOfWords(words), top, text));
+    if (one.pictures.length) within(one, () => paintMap(canvas, rowsOf(words), top, text));
   }
   part("compare-bar").style.background = gradient();
   say("compare-top", `${percent(top)} or more of a word's attention, one scale for both`);
 }
 function paintMap(canvas, rows, top, text) {
-  const g = geometry(), scale = Math.min(roomFor(canvas) / g.padded[0], 260 / g.padded[1]), side = g.cell * scale;
-  const [width, height] = [g.padded[0] * scale, g.padded[1] * scale], draw = sized(canvas, width, height), image = run.images[state.picture];
-  drawPadding(draw, width, height);
-  draw.filter = "saturate(35%)";
-  if (image.naturalWidth) draw.drawImage(image, -g.offset[0] * scale, -g.offset[1] * scale, g.resized[0] * scale, g.resized[1] * scale);
-  draw.filter = "none";
-  draw.fillStyle = isDark() ? "rgba(18,21,27,.5)" : "rgba(255,255,255,.3)";
-  draw.fillRect(0, 0, width, height);
-  const values = mean(run.attention, rows, state.layer, state.head);
-  for (let token = 0; rows.length && token < g.tokens; token++) {
-    const t = Math.min(1, values[g.first + token] / top);
-    draw.fillStyle = ramp(0.1 + 0.9 * t, Math.min(1, t / 0.15) * (0.24 + 0.4 * t));
-    draw.fillRect((token % g.across) * side, Math.floor(token / g.across) * side, side, side);
-  }
+  const { draw, g, scale, side, width, height } = pictureCanvas(canvas, roomFor(canvas), 260);
+  drawImage(draw, g, scale, PALE);
+  drawVeil(draw, width, height);
+  const values = ofPicture(mean(run.attention, rows, state.layer, state.head));
+  if (rows.length) values.forEach((v, token) => {
+    draw.fillStyle = heatInk(Math.min(1, v / top));
+    draw.fillRect(...boxOf(token, g.across, side));
+  });
   drawGrid(draw, g, scale);
   drawClick(draw, g, scale);
-  const best = [...values.slice(g.first, g.first + g.tokens)].reduce((most, v, i, all) => (v > all[most] ? i : most), 0);
-  canvas.setAttribute("aria-label", `Attention of ${text}: ${rows.length ? `most, ${percent(values[g.first + best])}, on ${placeOf(best, g)}` : "none"}`);
+  const best = values.reduce((most, v, i, all) => (v > all[most] ? i : most), 0);
+  canvas.setAttribute("aria-label", `Attention of ${text}: ${rows.length ? `most, ${percent(values[best])}, on ${placeOf(best, g)}` : "none"}`);
 }
 function unlikeWords(a, b) { // words of one list that are not in a longest common sequence with the other: [of a, of b]
   const n = b.length + 1, best = new Uint16Array((a.length + 1) * n);
@@ -208,43 +181,37 @@ function drawTold() {
 }
 
 // ---- experts
-const CHANGE = ["#2166ac", "#f3f3f1", "#b2560d"]; // less, same, more
-function changeInk(v) {
-  const [low, , high] = CHANGE, end = v < 0 ? low : high;
-  return `color-mix(in srgb, ${end} ${Math.round(100 * Math.min(1, Math.abs(v)))}%, var(--wash))`;
-}
+const changeInk = (v) => // less is blue, more is brown
+  `color-mix(in srgb, ${v < 0 ? "#2166ac" : "#b2560d"} ${Math.round(100 * Math.min(1, Math.abs(v)))}%, ${colour("wash")})`;
 const comparable = () => ["experts", "top_k", "moe_layers"].every((name) => JSON.stringify(run.model[name]) === JSON.stringify(compared.other.model[name]));
 function drawBothExperts(mine, theirs) {
-  const { other } = compared, shares = [[run, mine], [other, theirs]].map(([one, words]) => within(one, () => expertShares(rowsOfWords(words))));
+  const { other } = compared, shares = [[run, mine], [other, theirs]].map(([one, words]) => within(one, () => expertShares(rowsOf(words))));
   const alike = comparable(), change = alike && mine.length && theirs.length ? shares[0].map((line, l) => [...line].map((v, e) => shares[1][l][e] - v)) : null;
-  const grids = [["a", shares[0], run, (v) => (v ? ramp(0.08 + 0.84 * v) : colour("wash"))], ["b", shares[1], other, (v) => (v ? ramp(0.08 + 0.84 * v) : colour("wash"))], ["c", change, run, changeInk]];
+  const grids = [["a", shares[0], run, shareInk], ["b", shares[1], other, shareInk], ["c", change, run, changeInk]];
   for (const [name, values, one, ink] of grids) {
     const canvas = part(`compare-${name}-experts`), layers = one.model.moe_layers, left = 24, room = roomFor(canvas), wide = (room - left) / one.model.experts, tall = Math.max(7, Math.min(20, 240 / layers.length));
-    const draw = sized(canvas, room, layers.length * tall + 2), mixed = frame.appendChild(make("i"));
+    const draw = sized(canvas, room, layers.length * tall + 2);
     layers.forEach((layer, l) => {
       draw.fillStyle = colour("soft");
       if (tall > 11 || l % 3 === 0) draw.fillText(`L${layer}`, 0, (l + 0.5) * tall);
       for (let e = 0; values && e < one.model.experts; e++) {
-        mixed.style.color = ink(values[l][e]); // a canvas does not know color-mix; an element resolves it
-        draw.fillStyle = getComputedStyle(mixed).color;
+        draw.fillStyle = ink(values[l][e]);
         draw.fillRect(left + e * wide, l * tall, wide - (wide > 5 ? 1.5 : 0.5), tall - 1.5);
       }
     });
-    mixed.remove();
     canvas.setAttribute("aria-label", values ? `Layer by expert; the numbers are in the table below` : "Not comparable");
   }
   part("compare-share-bar").style.background = gradient();
   part("compare-change-bar").style.background = `linear-gradient(90deg, ${[-1, -0.5, 0, 0.5, 1].map(changeInk).join(", ")})`;
   part("compare-share-table").hidden = !change;
-  if (change) fillTable("compare-share-table", ["layer", "expert", "this", "other", "other − this"], shares[0].flatMap((line, l) =>
+  if (change) fillTable("compare-share-table", ["layer", "expert", "this", "other", "other − this"], () => shares[0].flatMap((line, l) =>
     [...line].map((v, e) => [run.model.moe_layers[l], e, percent(v), percent(shares[1][l][e]), signedPercent(shares[1][l][e] - v)]).filter((row) => row[2] !== "0%" || row[3] !== "0%")));
 }
 const signedPercent = (v) => (v < 0 ? `−${percent(-v)}` : v > 0 ? `+${percent(v)}` : "0%");
 // Where the experts of a position are: of a row, of a word before the rows, of a visual token.
 function expertsAt(one, layer, place) {
-  const [array, at] = place.row >= 0 ? [one.chosen, place.row] : place.early >= 0 ? [one.chosen_early, place.early] : [one.chosen_picture, place.visual];
-  const [, count, k] = array.shape, start = (layer * count + at) * k;
-  return array.raw.subarray(start, start + k);
+  if (place.row >= 0) return lastOf(one.chosen, layer, place.row);
+  return place.early >= 0 ? lastOf(one.chosen_early, layer, place.early) : lastOf(one.chosen_picture, layer, place.visual);
 }
 function placesOf(one) { // role -> [{ text, row | early | visual }], in order
   const found = {};
@@ -262,9 +229,9 @@ function drawAgreement() {
   const [mine, theirs] = [placesOf(run), placesOf(other)], groups = { all: [], picture: [], question: [], thought: [], answer: [] };
   for (const [role, list] of Object.entries(mine)) {
     const unlike = list.findIndex((place, i) => place.text !== theirs[role]?.[i]?.text), upto = unlike < 0 ? list.length : unlike;
-    const pairs = list.slice(0, upto).map((place, i) => [place, theirs[role][i]]), group = role.startsWith("image") ? "picture" : role === "user" ? "question" : role;
+    const pairs = list.slice(0, upto).map((place, i) => [place, theirs[role][i]]);
     groups.all.push(...pairs);
-    if (group in groups && group !== "all") groups[group].push(...pairs);
+    groups[groupOf(role)]?.push(...pairs); // words of the template are in "all" alone
   }
   const shown = Object.entries(groups).filter(([, pairs]) => pairs.length);
   const same = (l, pairs) => pairs.reduce((sum, [a, b]) => {

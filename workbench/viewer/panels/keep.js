@@ -26,22 +26,15 @@ addPanel({
   },
 });
 const kept = { listed: null };
-function keeping(name, button, type, after = () => {}) {
-  part(button).onclick = (e) => acting(e.target, part("keep-note"), name, () => ({ id: run.id }), (told, done) => {
-    if (!done || !told.data) return;
-    download(told.name, bytes(told.data), type);
-    after(told);
-  });
+function keeping(name, button, type, stop = null) {
+  part(button).onclick = (e) => acting(e.target, part("keep-note"), name, { id: run.id }, (told, done) => {
+    if (done && told.data) download(told.name, bytes(told.data), type);
+  }, stop);
 }
 keeping("run_file", "keep-run", "application/octet-stream");
 keeping("viewer_file", "keep-html", "text/html");
-part("keep-zip").onclick = (e) => {
-  part("keep-stop").hidden = false;
-  acting(e.target, part("keep-note"), "figures", () => ({}), (told, done) => {
-    if (done && told.data) download(told.name, bytes(told.data), "application/zip");
-  }, () => (part("keep-stop").hidden = true));
-};
-part("keep-stop").onclick = () => act("stop", {}, () => {});
+keeping("figures", "keep-zip", "application/zip", part("keep-stop"));
+stops("keep-stop");
 part("keep-words").onclick = () => {
   const cell = (text) => `"${`${text ?? ""}`.replaceAll('"', '""')}"`;
   const head = ["position", "word", "role", "probability", "entropy_nats", ...run.role_names.map((name) => `attention ${name}`)];
@@ -52,12 +45,7 @@ part("keep-words").onclick = () => {
   });
   download("kimi-vl-words.csv", [`# weights: ${run.model.name}`, head.map(cell).join(","), ...lines].join("\n") + "\n", "text/csv");
 };
-part("keep-open").onclick = () => part("keep-file").click();
-part("keep-file").onchange = (e) => {
-  const [file] = e.target.files;
-  e.target.value = "";
-  if (file) openFile(file, part("keep-open"), part("keep-opened"), show);
-};
+choosesFile("keep-open", "keep-file", (file) => openFile(file, part("keep-open"), part("keep-opened"), show));
 function listKept() {
   kept.listed = run.id;
   act("runs", {}, ({ data }) => {
@@ -65,9 +53,9 @@ function listKept() {
     const rows = data.runs.map((one) => [one.id, short(one.question, 60), short(one.answer, 40), one.weights, one.edits.join("; ") || "none", ""]);
     const made = table(["run", "question", "answer", "weights", "edits", ""], rows, (i) => (data.runs[i].id === run.id ? "now" : ""));
     [...made.tBodies[0].rows].forEach((row, i) => {
-      const button = Object.assign(make("button", "", data.runs[i].id === run.id ? "shown" : "Show"), { type: "button", disabled: data.runs[i].id === run.id });
-      button.setAttribute("aria-label", `Show run ${data.runs[i].id}`);
-      button.onclick = () => acting(button, part("keep-opened"), "show_run", () => ({ id: data.runs[i].id }), (told, done) => { if (done && told.payload) show(told.payload); });
+      const { id } = data.runs[i], button = makeButton(id === run.id ? "shown" : "Show", () => acting(button, part("keep-opened"), "show_run", { id }, handed(show)));
+      button.disabled = id === run.id;
+      button.setAttribute("aria-label", `Show run ${id}`);
       row.cells[5].replaceChildren(button);
     });
     part("keep-list").replaceChildren(made);

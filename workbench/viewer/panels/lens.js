@@ -76,16 +76,15 @@ function ask(button, note, name, args, take) {
   const about = run.id, edited = run.edits?.length ? " Read without the changes that this run was answered under." : "";
   part(button).disabled = true;
   say(note, "Working…");
-  act(name, args, ({ data, done, error }) => {
+  act(name, args, (result) => {
     if (run.id !== about) return;
-    if (data && !error) take(data);
-    say(note, error || (done ? (data?.stopped || "") + edited : data?.note || "Working…"));
-    if (done || error) part(button).disabled = false;
+    if (result.data) take(result.data);
+    say(note, standing(result, (result.data?.stopped || "") + edited));
+    if (result.done || result.error) part(button).disabled = false;
     if (state.tab === "lens") draw();
   });
 }
 const onShade = (t) => (isDark() ? (t > 0.55 ? "#12151b" : "#e8ebf1") : t > 0.45 ? "#fff" : "#1d2430");
-const short = (text) => text.trim() || "␣";
 const layerName = (name) => (name === "embedded" ? "embedded" : `layer ${name}`);
 
 // ---- layer by layer
@@ -104,7 +103,7 @@ function columns() { // of `words`: the selected ones, with neighbours where the
 }
 function textAt(position) {
   const at = run.words.at.indexOf(position);
-  return at < 0 ? "∅" : short(run.words.text[at]);
+  return at < 0 ? "∅" : legible(run.words.text[at]);
 }
 function drawWords() {
   part("lens-empty").hidden = Boolean(words);
@@ -122,7 +121,7 @@ function drawWords() {
     header(row, layerName(name), "row");
     for (const n of shown) {
       const box = row.insertCell(), p = words.probs[l][n][0];
-      box.textContent = short(words.words[l][n][0]);
+      box.textContent = legible(words.words[l][n][0]);
       box.title = `${quote(words.words[l][n][0])} ${percent(p)}`;
       box.style.cssText = `background: ${ramp(p)}; color: ${onShade(p)}`;
       box.classList.toggle("on", cell[0] === l && cell[1] === n);
@@ -164,16 +163,12 @@ part("lens-patch-go").onclick = () => ask("lens-patch-go", "lens-patch-note", "p
   part("lens-layer").value = data.layers.length - 1;
 });
 part("lens-layer").onchange = drawPatches;
-function onCells(canvas, room, tallest) { // the picture, pale, with its grid on a canvas of its own
-  const g = geometry(), scale = Math.min(room / g.padded[0], tallest / g.padded[1]), draw = sized(canvas, g.padded[0] * scale, g.padded[1] * scale);
-  drawPadding(draw, g.padded[0] * scale, g.padded[1] * scale);
+function onCells(...canvas) { // the picture, pale and grey, so that the colours seen are those of the map
+  const made = pictureCanvas(...canvas), { draw, g, scale } = made;
   draw.globalAlpha = 0.45;
-  draw.filter = "grayscale(1)"; // so that the colours seen are those of the map
-  const image = run.images[state.picture];
-  if (image.naturalWidth) draw.drawImage(image, -g.offset[0] * scale, -g.offset[1] * scale, g.resized[0] * scale, g.resized[1] * scale);
+  drawImage(draw, g, scale, "grayscale(1)");
   draw.globalAlpha = 1;
-  draw.filter = "none";
-  return { draw, g, scale, side: g.cell * scale };
+  return made;
 }
 function drawPatches() {
   const shown = patches && patches.picture === state.picture;
@@ -184,11 +179,11 @@ function drawPatches() {
   const { draw, g, side } = onCells(canvas, Math.max(40 * across, Math.min(roomFor(canvas), 76 * across)), Infinity);
   draw.textAlign = "center";
   for (let token = 0; token < g.tokens; token++) {
-    const x = (token % g.across) * side, y = Math.floor(token / g.across) * side, p = patches.probs[l][token][0], word = patches.words[l][token][0];
+    const [x, y] = boxOf(token, g.across, side), p = patches.probs[l][token][0], word = patches.words[l][token][0];
     draw.fillStyle = ramp(p, 0.72);
     draw.fillRect(x, y, side, side);
     const marked = (text) => (word === patches.grey[l][token] ? `(${text})` : text);
-    let text = short(word);
+    let text = legible(word);
     while (text.length > 2 && draw.measureText(marked(text)).width > side - 4) text = `${text.slice(0, -2)}…`;
     draw.fillStyle = onShade(p);
     draw.fillText(marked(text), x + side / 2, y + side / 2);
@@ -201,7 +196,7 @@ function drawPatches() {
   say("lens-patch-cell", patch === null ? "Point at a token, or use the arrow keys, for its three likeliest words." : `${capital(placeOf(patch, g))}: ${patches.words[l][patch].map((word, k) => `${quote(word)} ${percent(patches.probs[l][patch][k])}`).join(", ")}. On grey: ${quote(patches.grey[l][patch])}.`);
   part("lens-patch-bar").style.background = gradient();
   canvas.setAttribute("aria-label", `The likeliest word at each picture token after ${name}; ${same} of ${g.tokens} are the same on grey. Arrow keys move over the tokens.`);
-  fillTable("lens-patch-table", ["row", ...Array.from({ length: g.across }, (_, c) => `col ${c + 1}`)], byRow(g, (token) => short(patches.words[l][token][0])));
+  fillTable("lens-patch-table", ["row", ...Array.from({ length: g.across }, (_, c) => `col ${c + 1}`)], () => byRow(g, (token) => legible(patches.words[l][token][0])));
 }
 const byRow = (g, text) => Array.from({ length: g.down }, (_, r) => [r + 1, ...Array.from({ length: g.across }, (_, c) => text(r * g.across + c))]);
 const pointPatch = (token) => { if (patches && token !== patch) { patch = token; drawPatches(); } };
@@ -220,7 +215,7 @@ part("credit-go").onclick = () => {
   part("credit-stop").disabled = false;
   ask("credit-go", "credit-note", "credit", { first: run.words.at[a], last: run.words.at[b] }, (data) => { if (data.loss) credit = data; });
 };
-part("credit-stop").onclick = () => act("stop", {}, () => {});
+stops("credit-stop");
 const NATS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50];
 const nats = (v) => `${v < 0 ? "−" : ""}${Math.abs(v) < 0.1 && v ? Math.abs(v).toPrecision(2).replace(/e-(\d+)/, " · 10^−$1") : Math.abs(v).toFixed(2)}`;
 const LINES = { "integrated gradients": ["--answer"], occlusion: ["--image"], random: ["--ink", [5, 4]], centre: ["--faint", [2, 3]] };
@@ -241,19 +236,19 @@ function drawCredit() {
   part("credit-bar").style.background = divergingBar();
   while (part("credit-maps").children.length !== maps.length) part("credit-maps").replaceChildren(...maps.map(() => { const box = make("div"); box.append(make("h4"), make("canvas")); return box; }));
   maps.forEach(([name, map], i) => {
-    const [title, canvas] = part("credit-maps").children[i].children, { draw, g, side } = onCells(canvas, roomFor(canvas), 280), values = map.flat();
+    const [title, canvas] = part("credit-maps").children[i].children, { draw, g, scale, side } = onCells(canvas, roomFor(canvas), 280), values = map.flat();
     title.textContent = capital(name);
     values.forEach((v, token) => {
       draw.fillStyle = diverging(v / top, 0.2 + 0.65 * Math.min(1, Math.abs(v) / top));
-      draw.fillRect((token % g.across) * side, Math.floor(token / g.across) * side, side, side);
+      draw.fillRect(...boxOf(token, g.across, side));
     });
-    drawGrid(draw, g, side / g.cell);
+    drawGrid(draw, g, scale);
     const best = values.indexOf(Math.max(...values));
     canvas.setAttribute("role", "img");
     canvas.setAttribute("aria-label", `${name} for ${quote(word)}: most, ${nats(values[best])} nats, on ${placeOf(best, g)}`);
   });
   const g = geometry();
-  fillTable("credit-table", ["map, row", ...Array.from({ length: g.across }, (_, c) => `col ${c + 1}`)], maps.flatMap(([name, map]) => byRow(g, (token) => nats(map.flat()[token])).map(([r, ...cells]) => [`${name.split(" ")[0]}, ${r}`, ...cells])));
+  fillTable("credit-table", ["map, row", ...Array.from({ length: g.across }, (_, c) => `col ${c + 1}`)], () => maps.flatMap(([name, map]) => byRow(g, (token) => nats(map.flat()[token])).map(([r, ...cells]) => [`${name.split(" ")[0]}, ${r}`, ...cells])));
   drawCurves();
 }
 function drawCurves() {
@@ -290,5 +285,5 @@ function drawCurves() {
     label.style.cssText = `--c: var(${LINES[name][0]}); --dash: ${LINES[name][1] ? "dashed" : "solid"}`;
     return label;
   }) : []));
-  if (curves) fillTable("curve-table", ["way, share", ...curves.maps], ways.flatMap(([way]) => curves.shares.map((share, k) => [`${way}, ${percent(share)}`, ...curves.maps.map((_, m) => percent(curves[way][m][k]))])));
+  if (curves) fillTable("curve-table", ["way, share", ...curves.maps], () => ways.flatMap(([way]) => curves.shares.map((share, k) => [`${way}, ${percent(share)}`, ...curves.maps.map((_, m) => percent(curves[way][m][k]))])));
 }

@@ -36,7 +36,6 @@ addPanel({
     const names = Object.keys(has).filter((name) => has[name]);
     options("route-group", names, names.map((name) => ({ all: "all tokens", picture: "picture tokens", text: "everything but pictures", selected: "the words chosen" })[name] || `words of the ${name}`));
     pair = null;
-    apart = null;
   },
   draw() {
     const l = state.tableLayer, cell = shownExpert(), name = run.model.moe_layers[l];
@@ -51,24 +50,18 @@ addPanel({
 });
 
 // ---- counting
-let apart = null; // by layer, once a run: { value, low, high }
 let pair = null; // the cell of the matrix that is pointed at
-const GROUP_ROLES = { question: "user", thought: "thought", answer: "answer" };
 function tokensOf(group, l) { // the K experts of each token of a group, one after the other
-  const out = [], k = run.model.top_k, early = run.chosen_early;
-  if (group === "all" || group === "picture") for (let token = 0; token < pictureTokens(); token++) out.push(...pictureExperts(l, token));
+  const out = [], pictures = group === "all" || group === "picture" ? pictureTokens() : 0;
+  for (let token = 0; token < pictures; token++) out.push(...pictureExperts(l, token));
   if (group === "picture") return out;
   if (group === "selected") {
     for (const row of selectedRows()) out.push(...rowExperts(l, row));
     return out;
   }
-  let before = 0; // words before the first row come in their order
-  run.words.at.forEach((at, w) => {
-    const row = at - run.first_row, counts = group === "all" || group === "text" || run.words.role[w] === GROUP_ROLES[group];
-    if (row < 0) before++;
-    if (!counts) return;
-    const start = (l * early.shape[1] + before - 1) * k;
-    out.push(...(row < 0 ? early.raw.subarray(start, start + k) : rowExperts(l, row)));
+  run.words.at.forEach((at, w) => { // those before the first row come in their order
+    if (group !== "all" && group !== "text" && groupOf(run.words.role[w]) !== group) return;
+    out.push(...(at < run.first_row ? lastOf(run.chosen_early, l, w) : rowExperts(l, at - run.first_row)));
   });
   return out;
 }
@@ -94,8 +87,7 @@ function quantile(sorted, q) {
   const at = q * (sorted.length - 1), low = Math.floor(at);
   return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
 }
-function howFarApart() { // picture against all other tokens, beside which of them are pictures dealt out anew
-  if (apart || !run.pictures.length) return apart;
+function howFarApart() { // by layer: picture against all other tokens, beside which of them are pictures dealt out anew
   const layers = run.model.moe_layers.length, k = run.model.top_k, m = pictureTokens(), next = random(0);
   const ids = Array.from({ length: layers }, (_, l) => [...tokensOf("picture", l), ...tokensOf("text", l)]);
   const isPicture = Uint8Array.from({ length: ids[0].length / k }, (_, i) => (i < m ? 1 : 0));
@@ -114,7 +106,7 @@ function howFarApart() { // picture against all other tokens, beside which of th
     dealt.push(measure());
   }
   const sorted = ids.map((_, l) => dealt.map((one) => one[l]).sort((a, b) => a - b));
-  return (apart = { value, low: sorted.map((s) => quantile(s, 0.025)), high: sorted.map((s) => quantile(s, 0.975)) });
+  return { value, low: sorted.map((s) => quantile(s, 0.025)), high: sorted.map((s) => quantile(s, 0.975)) };
 }
 function together(l) { // (E, E): the share of i's tokens that chose j too, and what the loads alone lead to
   const { experts: n, top_k: k } = run.model, ids = tokensOf("all", l), tokens = ids.length / k;
@@ -125,11 +117,6 @@ function together(l) { // (E, E): the share of i's tokens that chose j too, and 
 }
 
 // ---- drawing
-function expertAxis(draw, left, wide, y) {
-  const every = [1, 2, 4, 8, 16].find((n) => n * wide > 22) || 16;
-  draw.fillStyle = colour("soft");
-  for (let e = 0; e < run.model.experts; e += every) draw.fillText(`${e}`, left + (e + 0.5) * wide - (e > 9 ? 7 : 3), y);
-}
 function bars(draw, values, l, { left, wide, base, tall, top }, up = 1) {
   values.forEach((value, e) => {
     const chosen = state.expert?.[0] === l && state.expert[1] === e;
@@ -153,7 +140,11 @@ function line(draw, x0, x1, y, ink, dashes = []) {
 }
 const chance = () => run.model.top_k / run.model.experts;
 const topLoad = () => Math.min(1, 6 * chance()); // the end of the axis of loads, the same for every group and layer
-const loads = (group, l) => { const ids = tokensOf(group, l), counts = counted(ids); return { counts, tokens: ids.length / run.model.top_k, load: [...counts].map((n) => (n * run.model.top_k) / (ids.length || 1)) }; };
+function countLoads(group, l) {
+  const ids = tokensOf(group, l), counts = counted(ids);
+  return { counts, tokens: ids.length / run.model.top_k, load: [...counts].map((n) => (n * run.model.top_k) / (ids.length || 1)) };
+}
+const loads = (group, l) => (group === "selected" ? countLoads(group, l) : once(`loads ${group} ${l}`, () => countLoads(group, l)));
 const pickExpert = (left, wide) => (x) => { const e = Math.floor((x - left) / wide); return e >= 0 && e < run.model.experts ? e : null; };
 
 function drawSides(l, name) { // up: picture, down: everything else
@@ -174,11 +165,11 @@ function drawSides(l, name) { // up: picture, down: everything else
     : `Layer ${name}: there is no picture, so only the words are counted. Dashed: chance, ${percent(chance())}.`);
   canvas.setAttribute("aria-label", part("route-sides-note").textContent);
   const p = share(picture.counts), q = share(text.counts);
-  fillTable("route-sides-table", ["expert", "picture", "words", "preference"], picture.load.map((v, e) =>
+  fillTable("route-sides-table", ["expert", "picture", "words", "preference"], () => picture.load.map((v, e) =>
     [e, percent(v), percent(text.load[e]), p[e] + q[e] > 0 ? ((p[e] - q[e]) / (p[e] + q[e])).toFixed(2) : "none"]));
 }
 function drawApart() {
-  const canvas = part("route-apart"), found = howFarApart(), layers = run.model.moe_layers, left = 34, right = 64, tall = 22;
+  const canvas = part("route-apart"), found = run.pictures.length ? once("apart", howFarApart) : null, layers = run.model.moe_layers, left = 34, right = 64, tall = 22;
   canvas.hidden = !found;
   if (!found) return say("route-apart-note", "There is no picture in this run, so there is nothing to compare words with.");
   const room = roomFor(canvas), draw = sized(canvas, room, layers.length * tall + 16), x = (v) => left + v * (room - left - right);
@@ -204,7 +195,7 @@ function drawApart() {
   const above = layers.filter((_, l) => found.value[l] > found.high[l]).length;
   say("route-apart-note", `Distance (Jensen-Shannon) of how picture tokens and all others spread over experts. Grey: where it lies in 95 of 100 deals when “picture” is dealt out to the tokens at random, ${SHUFFLES} deals; ${above} of ${layers.length} layers lie above. Neighbours are alike anyway, which a deal does not keep.`);
   canvas.setAttribute("aria-label", `Distance of picture and words by layer: ${layers.map((name, l) => `layer ${name} ${found.value[l].toFixed(2)} bit`).join(", ")}`);
-  fillTable("route-apart-table", ["layer", "distance (bit)", "control from", "control to"], layers.map((name, l) => [name, ...[found.value, found.low, found.high].map((v) => v[l].toFixed(3))]));
+  fillTable("route-apart-table", ["layer", "distance (bit)", "control from", "control to"], () => layers.map((name, l) => [name, ...[found.value, found.low, found.high].map((v) => v[l].toFixed(3))]));
 }
 function drawLoad(l, name) {
   const group = part("route-group").value, canvas = part("route-load"), room = roomFor(canvas), left = 40, wide = (room - left) / run.model.experts, tall = 84;
@@ -220,11 +211,14 @@ function drawLoad(l, name) {
   const idle = [...counts].filter((n) => !n).length, vio = tokens ? excess(counts) : NaN;
   say("route-load-note", !tokens ? "There are no such tokens." : `Layer ${name}, ${tokens} ${tokens === 1 ? "token" : "tokens"}: share that chose each expert; dashed: chance, ${percent(chance())}. MaxVio ${vio.toFixed(2)}: the busiest serves ${(vio + 1).toFixed(1)} times its even part (0 is even, ${(run.model.experts / run.model.top_k - 1).toFixed(0)} the most). ${idle} ${idle === 1 ? "expert is" : "experts are"} idle.`);
   canvas.setAttribute("aria-label", part("route-load-note").textContent);
-  const layers = run.model.moe_layers, all = layers.map((_, i) => loads(group, i));
-  fillTable("route-load-table", ["expert", ...layers.map((n) => `L${n}`)], [...load.map((_, e) => [e, ...all.map((one) => percent(one.load[e]))]), ["MaxVio", ...all.map((one) => (one.tokens ? excess(one.counts).toFixed(2) : "none"))]]);
+  const layers = run.model.moe_layers;
+  fillTable("route-load-table", ["expert", ...layers.map((n) => `L${n}`)], () => {
+    const all = layers.map((_, i) => loads(group, i));
+    return [...load.map((_, e) => [e, ...all.map((one) => percent(one.load[e]))]), ["MaxVio", ...all.map((one) => (one.tokens ? excess(one.counts).toFixed(2) : "none"))]];
+  });
 }
 function drawPairs(l, name) {
-  const canvas = part("route-pairs"), cells = together(l), n = cells.length, left = 28, top = 18;
+  const canvas = part("route-pairs"), cells = once(`together ${l}`, () => together(l)), n = cells.length, left = 28, top = 18;
   const side = Math.max(4, Math.min(20, (roomFor(canvas) - left) / n)), draw = sized(canvas, left + side * n, top + side * n);
   expertAxis(draw, left, side, 8);
   const every = Math.ceil(14 / side);
@@ -248,7 +242,7 @@ function drawPairs(l, name) {
   say("route-pairs-note", pair ? `Layer ${name}. ${told(...pair)}.` : `Layer ${name}, all tokens: how much more (orange) or less (blue) often two experts are chosen together than their loads alone lead to. Most: ${told(best.i, best.j).toLowerCase()}. With equal loads chance is ${percent((run.model.top_k - 1) / (run.model.experts - 1))}.`);
   canvas.setAttribute("aria-label", `Experts chosen together in layer ${name}. ${told(best.i, best.j)}. Arrow keys move over the cells.`);
   const shown = pair?.[0] ?? best.i;
-  fillTable("route-pairs-table", [`with expert ${shown}`, "share", "by loads alone"], cells[shown].map((cell, j) => [j, cell ? percent(cell.share) : "none", cell ? percent(cell.loads) : "none"]));
+  fillTable("route-pairs-table", [`with expert ${shown}`, "share", "by loads alone"], () => cells[shown].map((cell, j) => [j, cell ? percent(cell.share) : "none", cell ? percent(cell.loads) : "none"]));
 }
 
 // ---- hands

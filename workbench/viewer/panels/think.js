@@ -53,9 +53,8 @@ addPanel({
 
 // ---- the strip: three rows over the same words
 const thoughtWords = () => run.words.at.map((_, w) => w).filter((w) => run.words.role[w] === "thought" && run.words.at[w] >= run.prompt_length);
-const visual = () => run.pictures.reduce((sum, picture) => sum + picture.tokens, 0);
 const looked = (w) => (rowOf(w, "write") < 0 ? 0 : onPicture([rowOf(w, "write")], state.layer, state.head));
-const evenly = (w) => visual() / run.words.at[w]; // attention spread over all that the row may read
+const evenly = (w) => pictureTokens() / run.words.at[w]; // attention spread over all that the row may read
 function drawThought() {
   const words = thoughtWords(), seen = new Map(words.map((w) => [w, looked(w)])), onIt = (w) => seen.get(w);
   const canvas = part("think-strip"), left = 92, room = roomFor(canvas), tall = 42;
@@ -85,26 +84,21 @@ function drawThought() {
   draw.strokeStyle = colour("ink");
   draw.setLineDash([4, 3]);
   draw.beginPath();
-  if (visual()) words.forEach((w, i) => { for (const x of [i, i + 1]) draw.lineTo(left + x * step, tops[1] - tall * evenly(w)); });
+  if (pictureTokens()) words.forEach((w, i) => { for (const x of [i, i + 1]) draw.lineTo(left + x * step, tops[1] - tall * evenly(w)); });
   draw.stroke();
   draw.setLineDash([]);
-  const first = words.findIndex((w) => w >= a), last = words.findLastIndex((w) => w <= b);
-  if (first >= 0 && last >= first) {
-    draw.strokeStyle = colour("accent");
-    draw.lineWidth = 2;
-    draw.strokeRect(left + first * step, 3, (last - first + 1) * step, 121);
-  }
-  canvas.pick = (x) => words[Math.max(0, Math.min(words.length - 1, Math.floor((x - left) / step)))];
+  frameSpan(draw, words, left, step, 3, 121);
+  canvas.pick = pickWord(words, left, step);
   canvas.setAttribute("aria-label", `The thought, ${words.length} words: entropy, kind of step and attention on the picture of each. Left and right move the word.`);
   const told = (w) => (run.words.entropy[w] === null ? "given, not chosen" : `${run.words.entropy[w].toFixed(2)} nats`);
   const inside = words.filter((w) => w >= a && w <= b), average = (value) => inside.reduce((sum, w) => sum + value(w), 0) / inside.length;
   const here = inside.length === 1 ? `${quote(run.words.text[a])}: ${told(a)}, kind “${kindOf(a) || "other"}”` : `${inside.length} words: ${average((w) => run.words.entropy[w] ?? 0).toFixed(2)} nats a word`;
-  say("think-word", !inside.length ? "Click a word of the thought." : visual() ? `${here}, ${percent(average(onIt))} on the picture; chance ${percent(average(evenly))}.` : `${here}.`);
+  say("think-word", !inside.length ? "Click a word of the thought." : pictureTokens() ? `${here}, ${percent(average(onIt))} on the picture; chance ${percent(average(evenly))}.` : `${here}.`);
   const thirds = [0, 1, 2].map((part) => words.filter((_, i) => Math.floor((3 * (i + 0.5)) / words.length) === part));
   const each = thirds.map((some) => (some.length ? `${percent(some.reduce((sum, w) => sum + onIt(w), 0) / some.length)} (chance ${percent(some.reduce((sum, w) => sum + evenly(w), 0) / some.length)})` : "no word"));
-  say("think-thirds", visual() ? `Attention on the picture in the first, second and last third of the thought: ${each.join(", ")}.` : "");
-  fillTable("think-table", ["word", "kind", "entropy (nats)", "on the picture", "chance"], words.map((w) =>
-    [run.words.text[w].trim() || "␣", kindOf(w) || "other", run.words.entropy[w]?.toFixed(2) ?? "given", percent(onIt(w)), percent(evenly(w))]));
+  say("think-thirds", pictureTokens() ? `Attention on the picture in the first, second and last third of the thought: ${each.join(", ")}.` : "");
+  fillTable("think-table", ["word", "kind", "entropy (nats)", "on the picture", "chance"], () => words.map((w) =>
+    [legible(run.words.text[w]), kindOf(w) || "other", run.words.entropy[w]?.toFixed(2) ?? "given", percent(onIt(w)), percent(evenly(w))]));
 }
 part("think-strip").onclick = (e) => select(part("think-strip").pick(e.offsetX), e.shiftKey);
 part("think-strip").onkeydown = (e) => {
@@ -122,11 +116,9 @@ let tree = null;
 const bare = (text) => text.trim().replace(/[,;]$/, "");
 function buildSteps() {
   part("think-steps").replaceChildren(...stepTexts(run).map(([text, kind], k) => {
-    const button = make("button"), [from, to] = run.segments[k];
-    button.type = "button";
+    const [from, to] = run.segments[k], button = makeButton("", () => { choose(k); set({ from, to }); });
     button.dataset.kind = kind;
     button.append(make("i", "", `${k + 1} · ${kind}`), bare(text));
-    button.onclick = () => { choose(k); set({ from, to }); };
     return button;
   }));
 }
@@ -162,7 +154,7 @@ function work(what, name, args, receive) {
   });
   drawWork();
 }
-part("think-stop").onclick = () => hands.act({ id: 0, name: "stop", run: run.id, args: {} });
+stops("think-stop");
 part("think-go").onclick = () => {
   const titles = { change: "step # changed", insert: "a step put before step #", drop: "step # left out", stop: "stopped after step #" };
   const from = tree.branches.find((branch) => branch.payload?.id === run.id);
@@ -202,9 +194,6 @@ function path(pieces) {
   made.append(...pieces.map(([text, kind, how], i) => inKind(i ? text : text.trimStart(), kind, how)), pieces.length ? "" : "no thought");
   return made;
 }
-function small(text, press) {
-  return Object.assign(make("button", "", text), { type: "button", onclick: press });
-}
 function finding({ branch, control }) {
   if (branch.same) return control?.same === false ? "The answer stayed, though starting again alone changes it." : "The answer stayed as it was.";
   if (!control || control.same === null) return "The answer is another one.";
@@ -216,7 +205,7 @@ function card(title, payload, ...inside) {
   made.append(make("h4", "", title), ...inside, row);
   const focus = () => part("think-branches").querySelector(".shown button")?.focus();
   if (payload) {
-    const button = small(shown ? "Shown" : "Show", () => shown || show(payload).then(focus));
+    const button = makeButton(shown ? "Shown" : "Show", () => shown || show(payload).then(focus));
     button.title = "Makes it the run that every panel speaks of";
     button.setAttribute("aria-pressed", Boolean(shown));
     row.append(button);
@@ -239,7 +228,7 @@ function drawBranches() {
     }
     if (one.payload) inside.push(make("p", "finding", finding(one)));
     const [made, row] = card(one.title, one.payload, ...inside);
-    if (one.payload) row.append(small("Remove", () => {
+    if (one.payload) row.append(makeButton("Remove", () => {
       tree.branches = branches.filter((other) => other !== one);
       drawBranches();
       part("think-branches").querySelector("button").focus();
@@ -289,7 +278,7 @@ function drawCurve({ budgets, accuracy, low, high, within, chance, n }) {
   draw.textAlign = "center";
   names.forEach((name, i) => draw.fillText(name, x(i), base + 14));
   canvas.setAttribute("aria-label", `Right answers of ${n} scenes: ${names.map((name, i) => `${name}: ${percent(accuracy[i])}`).join(", ")}`);
-  fillTable("think-curve-table", ["limit", "right", "95% interval", "thoughts that fit"], names.map((name, i) =>
+  fillTable("think-curve-table", ["limit", "right", "95% interval", "thoughts that fit"], () => names.map((name, i) =>
     [name, percent(accuracy[i]), `${percent(low[i])} to ${percent(high[i])}`, percent(within[i] ?? 1)]));
 }
 
