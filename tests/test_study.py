@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from kimi_vl_ref import load
 from kimi_vl_ref.images import PatchGrid
-from workbench.study import evaluate, families, forest, train
+from workbench.study import evaluate, families, forest, optim, train
 from workbench.study.batches import Forest, Mix, branch, draw_samples, plant, shared_part, written_reply
 from workbench.study.eye import NO_OBJECT, cell_labels
 from workbench.study.optim import Balancer, MuonAdamW, as_matrices, orthogonalise
@@ -32,7 +32,9 @@ def study():
     return load("study")
 
 
-def test_orthogonalising_keeps_directions_and_levels_their_sizes():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the one this CPU is quick at, and the other
+def test_orthogonalising_keeps_directions_and_levels_their_sizes(dtype, monkeypatch):
+    monkeypatch.setattr(optim, "quick_dtype", lambda: dtype)
     torch.manual_seed(0)
     u, _ = torch.linalg.qr(torch.randn(3, 20, 20))
     v, _ = torch.linalg.qr(torch.randn(3, 33, 20))

@@ -75,7 +75,7 @@ class Stage:
     dense: float = 0.0  # weight of the eye's dense losses; the eye stage has nothing else
     readers_only: int = 0  # first steps in which the dense losses teach their readers alone, where those are new
     bias_rate: float = 3e-3
-    dtype: str = "bfloat16"  # of the forward and backward passes; the weights that are stepped are float32
+    dtype: str = ""  # of the forward and backward passes, "" for the quick one; the weights that are stepped are float32
 
     def rate_at(self, step: int) -> float:
         if step < self.warm:

@@ -37,7 +37,7 @@ from kimi_vl_ref.weights import save_checkpoint
 from . import families, forest, tokenizer
 from .batches import draw_samples, plant
 from .eye import EyeHeads, eye_labels
-from .optim import Balancer, MuonAdamW
+from .optim import Balancer, MuonAdamW, quick_dtype
 from .recipe import CONFIG, N_RANKS, PREPROCESSOR, STAGES, THEN, Stage
 
 
@@ -172,8 +172,8 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def compute_in(self, dtype: str) -> None:
-        """Puts the model that computes into this dtype, with weights rounded from the stepped ones."""
-        self.model.to(getattr(torch, dtype))
+        """Puts the model that computes into this dtype ("" for the quick one), with weights rounded from the stepped ones."""
+        self.model.to(getattr(torch, dtype) if dtype else quick_dtype())
         self.hand_over()
 
     @torch.no_grad()
