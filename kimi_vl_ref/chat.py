@@ -365,29 +365,40 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         raise TokenizerError(
             f"cannot read {path} ({error.strerror or error}); a checkpoint folder needs this file"
         ) from error
-    ranks: dict[bytes, int] = {}
-    seen: set[int] = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            encoded, rank_text = line.split()
-            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
-        except (ValueError, binascii.Error) as error:
-            raise TokenizerError(
-                f"{path}, line {number}: not a base64 token, a space and a rank; the file is damaged, fetch it again"
-            ) from error
-        if not token or token in ranks or rank in seen:
-            again = f"token {token!r} again" if token in ranks else f"rank {rank} again"
-            what = again if token else "an empty token"
-            raise TokenizerError(f"{path}, line {number}: {what}; the file is damaged, fetch it again")
-        ranks[token] = rank
-        seen.add(rank)
+    try:  # all at once, which is several times as fast as line by line
+        fields = b" ".join(lines).split()
+        pairs = zip(fields[::2], fields[1::2], strict=True)
+        ranks = {binascii.a2b_base64(token, strict_mode=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error):
+        ranks = {}
+    whole = all(line.count(b" ") == 1 for line in lines if line)
+    if not whole or not (2 * len(ranks) == len(fields) == 2 * len(set(ranks.values()))) or b"" in ranks:
+        raise TokenizerError(f"{path}, {_first_damage(lines)}; the file is damaged, fetch it again")
     try:
         _by_rank(ranks)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
     return ranks
+
+
+def _first_damage(lines: Sequence[bytes]) -> str:
+    """Which line of a rank file is wrong, and what about it."""
+    tokens: set[bytes] = set()
+    ranks: set[int] = set()
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            encoded, rank_text = line.split(b" ")
+            token, rank = binascii.a2b_base64(encoded, strict_mode=True), int(rank_text)
+        except (ValueError, binascii.Error):
+            return f"line {number}: not a base64 token, a space and a rank"
+        if not token or token in tokens or rank in ranks:
+            again = f"token {token!r} again" if token in tokens else f"rank {rank} again"
+            return f"line {number}: {again if token else 'an empty token'}"
+        tokens.add(token)
+        ranks.add(rank)
+    raise AssertionError("called for a file without damage")
 
 
 def write_ranks(ranks: Mapping[bytes, int], path: Path) -> None:
@@ -398,8 +409,8 @@ def write_ranks(ranks: Mapping[bytes, int], path: Path) -> None:
 
 def _by_rank(ranks: Mapping[bytes, int]) -> list[bytes]:
     tokens = sorted(ranks, key=ranks.__getitem__)
-    gap = next((at for at, token in enumerate(tokens) if ranks[token] != at), None)
-    if gap is not None:
+    if [ranks[token] for token in tokens] != list(range(len(tokens))):
+        gap = next(at for at, token in enumerate(tokens) if ranks[token] != at)
         raise TokenizerError(f"rank {gap} is missing (the file is cut off or damaged); fetch it again")
     missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
     if missing is not None:
@@ -438,11 +449,18 @@ def _chunks(text: str) -> Iterator[str]:
     """Cuts as the released wrapper does, which is visible in the ids of very long texts and in nothing else."""
     for start in range(0, len(text), _CHUNK):
         chunk, done = text[start : start + _CHUNK], 0
-        for run in re.finditer(r"\s+|\S+", chunk) if len(chunk) > _RUN else ():
+        for run in re.finditer(r"\s+|\S+", chunk) if _may_have_long_run(chunk) else ():
             for cut in range(run.start() + _RUN, run.end(), _RUN):
                 yield chunk[done:cut]
                 done = cut
         yield chunk[done:]
+
+
+def _may_have_long_run(chunk: str) -> bool:
+    """False where no run can be longer than _RUN: such a run holds one of these pieces whole."""
+    half = _RUN // 2
+    pieces = (chunk[at : at + half] for at in range(0, len(chunk) - half + 1, half))
+    return any(piece.isspace() or (len(piece.split(maxsplit=1)) == 1 and piece == piece.strip()) for piece in pieces)
 
 
 def _turns(messages: Any) -> list[tuple[str, Mapping[str, Any]]]:

@@ -25,6 +25,7 @@ from kimi_vl_ref.chat import (
     StreamDecoder,
     Tokenizer,
     TokenizerError,
+    _chunks,
     collate,
     reply_roles,
 )
@@ -137,6 +138,10 @@ def test_a_huge_text_is_encoded_in_time_and_whole(tokenizer: Tokenizer, said: st
 def test_long_runs_are_cut_every_25000_characters(tokenizer: Tokenizer):
     run = tokenizer.encode("I" * 25_000)
     assert tokenizer.encode("I" * 60_000) == run + run + tokenizer.encode("I" * 10_000)
+    for before in (0, 1, 12_499, 12_500, 12_501, 30_000, 374_998):  # wherever it begins, one too many is cut off
+        for blank, ink in ((" ", "I"), ("I", " ")):
+            text = (ink + blank) * (before // 2) + blank * (before % 2) + ink * 25_001 + blank
+            assert [len(chunk) for chunk in _chunks(text)] == [2 * (before // 2) + before % 2 + 25_000, 2]
     words = "red " * 9_000
     assert tokenizer.encode(words) == tokenizer._encoding.encode_ordinary(words)  # many runs, none of them long
 
@@ -177,6 +182,10 @@ def _damaged(lines: list[bytes], at: int, line: bytes | None) -> bytes:
         (7, b"!!!! 7", "line 8: not a base64 token"),
         (7, b"QQ==", "line 8: not a base64 token"),
         (7, b"QQ== seven", "line 8: not a base64 token"),
+        (7, b"Bw==  7", "line 8: not a base64 token"),
+        (7, b"Bw== 7 ", "line 8: not a base64 token"),
+        (7, b"Bw== 7 CA== 8", "line 8: not a base64 token"),
+        (7, b" ", "rank 7 is missing"),
         (7, b"QQ== 7", "line 66: token b'A' again"),
         (7, b"Bwc= 9", "line 10: rank 9 again"),
         (7, None, "rank 7 is missing"),
