@@ -55,7 +55,7 @@ def test_every_level_and_split_gives_distinct_questions_in_plain_words(kind):
     for level in LEVELS:
         for split in SPLITS:
             for album, questions in drawn(kind, level, split):
-                assert 2 <= len(questions) <= 7
+                assert 2 <= len(questions) <= (12 if kind == "needle" else 7)
                 assert len({(q.text, q.answer) for q in questions}) == len(questions)
                 for q in questions:
                     assert q.family == kind and q.check(q.answer) and not q.check("no idea")
@@ -360,15 +360,22 @@ def test_shrinking_averages_and_does_not_sample():
 # ---- needle
 
 
+def square_of(name: str, names: list[str]) -> bool:
+    """Whether names hold one thing of the needle's colour, one of its shape, and the one that completes the square."""
+    colour, shape = name.split()
+    colours = {c for c, s in (other.split() for other in names) if s == shape and c != colour}
+    shapes = {s for c, s in (other.split() for other in names) if c == colour and s != shape}
+    return any(f"{c} {s}" in names for c in colours for s in shapes)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_one_numbered_picture_holds_the_needle(level):
     for album, q in asked("needle", "needle picture", level):
-        ((colour, shape),) = named(q.text)
-        held = [(o.colour, o.shape) for view in album.views for o in view.objects]
-        assert len(held) == len(album.views) and held.count((colour, shape)) == 1
-        assert held.index((colour, shape)) + 1 == number_in(q.answer)
+        name = named_in(q.text)
+        held = [o.name for view in album.views for o in view.objects]
+        assert len(held) == len(album.views) and held.count(name) == 1 and square_of(name, held)
+        assert held.index(name) + 1 == number_in(q.answer)
         assert [written(view) for view in album.views] == [str(k + 1) for k in range(len(held))]
-        assert any(c == colour and s != shape for c, s in held) and any(c != colour and s == shape for c, s in held)
         assert q.targets == (album.views[number_in(q.answer) - 1].objects[0].box,)
     for album, q in asked("needle", "needle thing in picture", level):
         assert q.answer == album.views[number_in(q.text) - 1].objects[0].name
@@ -384,22 +391,37 @@ def test_one_line_holds_the_needle(level):
             names, numbers = [name for name, _ in pairs], [number for _, number in pairs]
             name, number = (q.answer, str(number_in(question))) if "line" in key else (named_in(question), q.answer)
             assert names.count(name) == 1 and numbers.count(number) == 1
-            assert names.index(name) == numbers.index(number)
-            colour, shape = name.split()
-            rest = [other.split() for other in names if other != name]
-            assert any(c == colour for c, _ in rest) and any(s == shape for _, s in rest)
+            assert names.index(name) == numbers.index(number) and square_of(name, names)
             assert album.views[0].objects[0].name != name
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_other_straws_are_asked_for_too_and_apart_from_the_needle(level):
+def test_other_straws_are_asked_for_too_and_can_be_told_apart(level):
     for album, q in asked("needle", "hay", level):
         if len(album.views) > 1:
-            assert q.answer == album.views[number_in(q.text) - 1].objects[0].name
+            straws = [(view.objects[0].name, f"picture {k}") for k, view in enumerate(album.views, 1)]
+            wanted = f"picture {number_in(q.text)}" if re.search(r"\d", q.text) else named_in(q.text)
         else:
-            lines = re.findall(r"(\w+ \w+) (\d+)\. ", q.text)
-            number = re.findall(r"\d+", q.text)[-1]
-            assert [name for name, other in lines if other == number] == [q.answer]
+            straws = re.findall(r"(\w+ \w+) (\d+)\. ", q.text)
+            question = re.sub(r"\w+ \w+ \d+\. ", "", q.text)
+            wanted = str(number_in(question)) if re.search(r"\d", question) else named_in(question)
+        (found,) = [straw for straw in straws if wanted in straw]
+        assert q.answer == found[1 - found.index(wanted)]
+
+
+@pytest.mark.parametrize("variant", needle.VARIANTS)
+@pytest.mark.parametrize(("length", "most"), [(4, 0.4), (15, 0.3), (60, 0.15)])
+def test_no_guess_from_the_names_alone_finds_the_needle(variant, length, most):
+    """What stands in the hay does not give away what is asked: the commonest colour and shape, the rarest name."""
+    commonest = rarest = 0
+    for seed in range(100):
+        album, (_, q, *_) = needle.draw(seed, "report", "full", length=length, variant=variant)
+        names = re.findall(r"(\w+ \w+) \d+\. ", q.text) or [view.objects[0].name for view in album.views]
+        assert len(names) == length
+        words = zip(*(name.split() for name in names), strict=True)
+        commonest += q.check(" ".join(Counter(column).most_common(1)[0][0] for column in words))
+        rarest += q.check(min(Counter(sorted(names)).items(), key=lambda item: item[1])[0])
+    assert commonest <= 100 * most and rarest <= 100 * most
 
 
 def named_in(text: str) -> str:
@@ -436,8 +458,8 @@ def test_levels_lengthen_the_context_and_depth_is_uniform():
 @pytest.mark.parametrize(
     ("wrong", "remedy"),
     [
-        ({"length": 2}, "choose 3 to 60 for pictures"),
-        ({"length": 61}, "choose 3 to 60 for pictures"),
+        ({"length": 3}, "choose 4 to 60 for pictures"),
+        ({"length": 61}, "choose 4 to 60 for pictures"),
         ({"depth": 1.1}, "choose 0"),
         ({"variant": "films"}, "choose one of pictures, lines"),
     ],

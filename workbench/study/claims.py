@@ -240,9 +240,8 @@ def balance(model: KimiVL, chat: Chat, steps: int = 60, repeats: int = 3) -> Cla
 def haystack(model: KimiVL, chat: Chat, scenes: int = 100, split: str = "report") -> Claim:
     """A needle is found in a long context: at a quarter, a half and all of the longest context in training, by depth.
 
-    Controls: the answer to another hay, right by accident only; and a guess that never looks for the number asked for, the
-    commonest colour with the commonest shape. Half of the hay resembles the needle, so this guess often names it: only an
-    accuracy above it says that anything was found.
+    Controls: the answer to another hay, right by accident only; and a guess that never looks for what is asked, the
+    commonest colour with the commonest shape: only an accuracy above it says that anything was found.
     """
     rows, shares = [], {}
     for share in (0.25, 0.5, 1.0):

@@ -6,6 +6,7 @@ Length (pictures or lines) and depth (0: the first, 1: the last) can be given, t
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,16 @@ from ..drawing import paper
 from ..families import Question
 from ..scenes import COLOURS, SHAPES
 from ..views import Album, View
-from .place import free_box, in_split, ink_tint, level_of, pick, print_in_corner, show, thing, tint
+from .place import free_box, in_split, ink_tint, level_of, other, pick, print_in_corner, show, thing, tint
 
 SIDE = 84  # pixels a side of each picture: 9 visual tokens
 NUMBER_SIZE = 16
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 VARIANTS = ("pictures", "lines")
+STRAWS = 5  # others that are asked for each way
 LONGEST = {"pictures": 60, "lines": 130}  # about 1,000 tokens either way
-SHORTEST = 3  # the needle, one thing of its colour and one of its shape
+SHORTEST = 4  # two colours by two shapes
+RARE = 13  # names that occur once in a long hay, besides those four: being rare says little about being meant
 NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
 
@@ -52,7 +55,7 @@ def draw(
     depth: float | None = None,
     variant: str | None = None,
 ) -> tuple[Album, list[Question]]:
-    """A long context, two questions on the same needle and up to four on other straws; the same arguments give the same.
+    """A long context, two questions on the same needle and some on other straws; the same arguments give the same.
 
     Without `length` it is uniform from SHORTEST to what the level allows, without `depth` the needle is anywhere,
     without `variant` ("pictures" or "lines") the seed chooses. Lines of text stand before the question, after one
@@ -86,14 +89,21 @@ def draw(
 
 
 def _lay_out(rng: random.Random, variant: str, length: int, at: int) -> _Hay:
-    """The needle among near misses: half of the others share its colour or its shape, two of them for certain."""
+    """The needle among near misses, so that no guess from the names alone is better than one in four.
+
+    With the needle go one thing of its colour, one of its shape and one that has neither but shares with those two: each
+    of the four is as much like the others as the needle is. In a long hay RARE other names occur once as well, the rest
+    several times.
+    """
     needle = pick(rng, NAMES)
     colour, shape = needle.split()
-    rest = [name for name in NAMES if name != needle]
-    same_colour, same_shape = ([name for name in rest if word in name.split()] for word in (colour, shape))
-    groups = (same_colour, same_shape, rest, rest)
-    others = [pick(rng, same_colour), pick(rng, same_shape)]
-    others += [pick(rng, pick(rng, groups)) for _ in range(length - SHORTEST)]
+    colour2, shape2 = other(rng, COLOURS, colour), other(rng, SHAPES, shape)
+    square = [f"{colour} {shape2}", f"{colour2} {shape}", f"{colour2} {shape2}"]
+    rest = [name for name in NAMES if name != needle and name not in square]
+    rng.shuffle(rest)
+    rare, common = rest[:RARE], rest[RARE:]
+    others = square + rare[: length - SHORTEST]
+    others += [pick(rng, common) for _ in range(length - 1 - len(others))]
     rng.shuffle(others)
     names = (*others[:at], needle, *others[at:])
     if variant == "pictures":
@@ -122,29 +132,39 @@ def _picture(rng: random.Random, name: str, number: str) -> View:
 
 
 def _ask_pictures(rng: random.Random, hay: _Hay, views: Sequence[View]) -> list[Question]:
-    view = views[hay.at]
-    name, number = hay.names[hay.at], hay.numbers[hay.at]
-    text = rng.choice(("in which picture is the {}?", "which picture has the {}?", "find the picture with the {}."))
-    boxes = (view.objects[0].box,)
-    asked = [Question("needle", text.format(name), "", f"picture {number}", boxes, "needle picture", view.size)]
-    text = rng.choice(("what is in picture {}?", "which thing is in picture {}?", "name the thing in picture {}."))
-    asked.append(Question("needle", text.format(number), "", name, boxes, "needle thing in picture", view.size))
-    straws = rng.sample([k for k in range(len(hay.names)) if k != hay.at], min(4, len(hay.names) - 1))
-    return asked + [
-        Question("needle", text.format(hay.numbers[k]), "", hay.names[k], (views[k].objects[0].box,), "hay", views[k].size)
-        for k in straws
-    ]
+    asked = []
+    for k, key, about in _straws(rng, hay, "picture", "thing in picture"):
+        name, number, view = hay.names[k], hay.numbers[k], views[k]
+        box = (view.objects[0].box,)
+        if about.endswith("thing in picture"):
+            text = rng.choice(("what is in picture {}?", "which thing is in picture {}?", "name the thing in picture {}."))
+            asked.append(Question("needle", text.format(number), "", name, box, key, view.size))
+        else:
+            text = rng.choice(("in which picture is the {}?", "which picture has the {}?", "find the picture with the {}."))
+            asked.append(Question("needle", text.format(name), "", f"picture {number}", box, key, view.size))
+    return asked
 
 
 def _ask_lines(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
     lines = " ".join(f"{name} {number}." for name, number in zip(hay.names, hay.numbers, strict=True))
-    name, number = hay.names[hay.at], hay.numbers[hay.at]
-    text = rng.choice(("what number has the {}?", "which number has the {}?", "find the number of the {}.")).format(name)
-    asked = [Question("needle", f"{lines} {text}", "", str(number), (), "needle number", view.size)]
-    text = rng.choice(("what has the number {}?", "which thing has the number {}?", "name the thing with the number {}."))
-    asked.append(Question("needle", f"{lines} {text.format(number)}", "", name, (), "needle thing in line", view.size))
-    straws = [k for k, number in enumerate(hay.numbers) if k != hay.at and hay.numbers.count(number) == 1]
-    for k in rng.sample(straws, min(4, len(straws))):
-        straw = f"{lines} {text.format(hay.numbers[k])}"
-        asked.append(Question("needle", straw, "", hay.names[k], (), "hay", view.size))
+    asked = []
+    for k, key, about in _straws(rng, hay, "number", "thing in line"):
+        name, number = hay.names[k], str(hay.numbers[k])
+        if about == "thing in line":
+            texts = ("what has the number {}?", "which thing has the number {}?", "name the thing with the number {}.")
+            text, answer = rng.choice(texts).format(number), name
+        else:
+            text = rng.choice(("what number has the {}?", "which number has the {}?", "find the number of the {}."))
+            text, answer = text.format(name), number
+        asked.append(Question("needle", f"{lines} {text}", "", answer, (), key, view.size))
+    return asked
+
+
+def _straws(rng: random.Random, hay: _Hay, by_name: str, by_number: str) -> list[tuple[int, str, str]]:
+    """(place in the hay, chance_key, what is asked): the needle both ways, then others both ways where that is clear."""
+    asked = [(hay.at, f"needle {about}", about) for about in (by_name, by_number)]
+    for about, values in ((by_name, hay.names), (by_number, hay.numbers)):
+        counts = Counter(values)
+        clear = [k for k, value in enumerate(values) if k != hay.at and counts[value] == 1]
+        asked += [(k, "hay", about) for k in rng.sample(clear, min(STRAWS, len(clear)))]
     return asked
