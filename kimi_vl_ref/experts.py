@@ -22,6 +22,12 @@ class SeparateExperts(nn.ModuleList):
         width, inner = config.hidden_size, config.moe_intermediate_size
         super().__init__(DenseFFN(width, inner) for _ in range(config.n_routed_experts))
 
+    def matrices(self, e: int) -> tuple[Tensor, Tensor]:
+        """What `Experts` keeps of one expert: gate and up rows (2F, D), and down (D, F)."""
+        one = self[e]
+        assert isinstance(one, DenseFFN)
+        return torch.cat([one.gate.weight, one.up.weight]), one.down.weight
+
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x (B, T, D), chosen and weights (B, T, K) -> weighted sum of the chosen experts' outputs, (B, T, D)."""
         return one_by_one(x, chosen, weights, len(self), lambda e, tokens: self[e](tokens))

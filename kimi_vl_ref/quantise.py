@@ -70,10 +70,9 @@ class QuantisedExperts(nn.Module):
     def __init__(self, experts: Experts | SeparateExperts, bits: int, device: torch.device):
         super().__init__()
         if isinstance(experts, Experts):
-            each = [(gate_up, down) for gate_up, down in zip(experts.gate_up, experts.down, strict=True)]
-        else:
-            each = ((torch.cat([e.gate.weight, e.up.weight]), e.down.weight) for e in experts)
-        # one expert in memory at a time, not all
+            each = zip(experts.gate_up, experts.down, strict=True)
+        else:  # made one at a time, not all at once
+            each = (experts.matrices(e) for e in range(len(experts)))
         packed = [(Quantised(gate_up.to(device), bits), Quantised(down.to(device), bits)) for gate_up, down in each]
         self.gate_up, self.down = (_stack(list(parts)) for parts in zip(*packed, strict=True))
 

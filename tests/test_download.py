@@ -31,7 +31,7 @@ def hub(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept of a transfer that was cut
     with serving(repository) as served:
         yield served
 
@@ -78,7 +78,7 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> 
     folder = get(hub, tmp_path / "to")
     assert (folder / shard).read_bytes() == (hub.folder / shard).read_bytes()
     ranges = [asked for method, name, asked in hub.asked if method == "GET" and name == shard]
-    assert len(ranges) == 2 and ranges[1] == f"bytes={half}-"
+    assert ranges == [None, f"bytes={half // 1000 * 1000}-"]
 
 
 def test_wrong_size(hub: Hub, tmp_path: Path) -> None:

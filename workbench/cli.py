@@ -47,15 +47,20 @@ def chat(
     max_tokens: MaxTokens = 512,
     thought_budget: Budget = None,
     seed: Seed = None,
+    fit: Annotated[str | None, typer.Option(help="auto (the usual for a folder), whole, int8, int4 or mapped")] = None,
 ) -> None:
     """Answer a question about pictures: the thought, dimmed, then the answer."""
     if not question.strip():
         raise ValueError("the question is empty; write what you want to know")
-    from kimi_vl_ref import load, stream_reply
+    from kimi_vl_ref import checkpoint_folder, choose_fit, load, stream_reply
 
     pictures = [{"type": "image", "image": path} for path in image or []]
     messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
-    loaded, its_chat = load(model)
+    chosen = None
+    if fit is not None or model != "study":
+        chosen = choose_fit(checkpoint_folder(model), fit or "auto")
+        typer.echo(f"({chosen.says})", err=True)
+    loaded, its_chat = load(model, fit=chosen)
     reply = show(
         stream_reply(
             loaded,

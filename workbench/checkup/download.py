@@ -56,7 +56,8 @@ def _sentence(error: Exception, where: str, revision: str) -> str:
     """What went wrong, and what to do. An error that is not of the transfer is raised again as it is."""
     from huggingface_hub import errors
 
-    chain, seen = [error], error
+    chain: list[BaseException] = [error]
+    seen: BaseException | None = error
     while (seen := seen.__cause__ or seen.__context__) is not None:
         chain.append(seen)
     status = next((s for e in chain if (s := getattr(getattr(e, "response", None), "status_code", None))), None)

@@ -62,7 +62,7 @@ def bandwidth(device: str) -> float:
     for _ in range(5):
         _wait(device)
         start = time.perf_counter()
-        matrix @ vector
+        torch.mv(matrix, vector)
         _wait(device)
         best = min(best, time.perf_counter() - start)
     return READ / best

@@ -95,7 +95,8 @@ def write_standin(
     _write(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write(folder / "config.json", config.to_dict())
     write_tokens(folder, config)
-    processor = ImageProcessor(config.vision.patch_size, config.vision.merge_kernel_size, 4096, True, (0.5,) * 3, (0.5,) * 3)
+    half = (0.5, 0.5, 0.5)
+    processor = ImageProcessor(config.vision.patch_size, config.vision.merge_kernel_size, 4096, True, half, half)
     _write(folder / "preprocessor_config.json", processor.to_dict())
 
 
@@ -177,7 +178,7 @@ def _write(path: Path, data: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m workbench.checkup.standin", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m workbench.checkup.standin", description="Random checkpoints.")
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--empty", action="store_true", help="holes in the place of data")
