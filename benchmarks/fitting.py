@@ -46,7 +46,8 @@ def choices(model: KimiVL, chat: Chat, given: Sequence[tuple[list[dict[str, Any]
         ids = torch.cat([inputs.input_ids, torch.tensor([answer], dtype=torch.long)], dim=1)
         with torch.inference_mode(), attach(model, ["decoder.layers.*.ffn.router.chosen"]) as tape:
             model(ids, inputs.pixel_values, inputs.image_grid_hws)
-        found += [tape[name][0][0].sort(-1).values for name in tape]
+        routed = range(model.config.text.first_k_dense_replace, model.config.text.num_hidden_layers)
+        found += [tape[f"decoder.layers.{i}.ffn.router.chosen"][0][0].sort(-1).values for i in routed]
     return found
 
 
@@ -67,7 +68,8 @@ def main() -> None:
     asked = [messages(*pairs[family][at]) for family in FAMILIES for at in range(min(10, given.scenes))]
     written = [(one, reply(whole, chat, one).token_ids) for one in asked]
     plain = choices(whole, chat, written)
-    print(f"| way | MB held | {' | '.join(f'{family}, % right' for family in FAMILIES)} | choices flipped | time of an answer |")
+    shares = " | ".join(f"{family}, % right" for family in FAMILIES)
+    print(f"| way | MB held | {shares} | choices flipped | time of an answer |")
     print("|---" * (4 + len(FAMILIES)) + "|")
     for name, make_model in WAYS.items():
         model = make_model()

@@ -20,8 +20,10 @@ from kimi_vl_ref.sizes import active, cache_bytes_a_token, decoder, parameters, 
 from kimi_vl_ref.weights import CheckpointError, parameter_count
 from tiny import tiny_inputs, tiny_model
 from workbench.checkup.standin import SMALL
+from workbench.edits import ablate_experts, applied, expert_output
 from workbench.study.evaluate import messages
 from workbench.study.families import make
+from workbench.tape import attach
 
 STUDY = checkpoint_folder("study")
 
@@ -224,6 +226,23 @@ def test_the_study_model_answers_in_every_way(way: str) -> None:
         scene, question = make("name", seed=seed)
         right += reply(model, chat, messages(scene, question)).answer == question.answer
     assert right >= 5
+
+
+def test_the_instrument_reads_and_edits_a_model_that_was_made_to_fit() -> None:
+    """Sites are where they always are; what needs all experts side by side says so."""
+    _, chat = load("study")
+    scene, question = make("count", seed=1)
+    for way in ("mapped", "int8"):
+        model, _ = load("study", fit=way)
+        site = "decoder.layers.1.ffn.experts"
+        with attach(model, [site, "decoder.layers.*.ffn.router.chosen"]) as tape:
+            said = reply(model, chat, messages(scene, question))
+        assert len(tape[site]) == len(said.token_ids) and bool(tape[site][0].any())
+        with applied(model, [ablate_experts(1, [0, 1])]) as done:
+            reply(model, chat, messages(scene, question))
+        assert done.report()
+        with pytest.raises(ValueError, match="without fit="):
+            expert_output(model, 1, [0], tape[site][0])
 
 
 # --- the choice ---------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def check_deep(report: Report, source: str, to: Path | None = None, *, progress:
     routed = [piece for piece in found if piece.layer >= read_config(folder).text.first_k_dense_replace]
     flips, tokens = sum(p.flips for p in routed), sum(p.tokens for p in routed)
     free, pinned = (max(getattr(p, key) for p in found) for key in ("free", "pinned"))
-    says = f"in bfloat16 {flips} of {tokens} choices differ; layers differ by up to {free:.1e}, {pinned:.1e} with pinned experts"
+    says = f"in bfloat16 {flips} of {tokens} choices differ; layers differ by up to {free:.1e}, {pinned:.1e} with ours pinned"
     report.add("deep routing", "ok" if pinned <= TOLERANCE else "FAIL", says)
     if to is not None:
         to.write_text("\n".join([*table(name, found), "", *report.lines()[1:]]) + "\n", encoding="utf-8")
