@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         self.status: int | None = None  # every request is answered with it
         self.cut: dict[str, int] = {}  # file -> bytes after which the next transfers break off, this many times once
         self.announced: dict[str, int] = {}  # file -> a size that is not its own
+        self.listed: list[str] = []  # more names in the listing
         self.asked: list[tuple[str, str, str | None]] = []  # method, file, range
 
     @property
@@ -57,12 +58,13 @@ class Answer(BaseHTTPRequestHandler):
             if rest[0] and rest[-1] not in ("main", COMMIT) and rest[1:2] not in (["main"], [COMMIT]):
                 return self._send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
             names = sorted(p.name for p in hub.folder.iterdir())
+            extra = [{"type": "file", "path": name, "size": 3, "oid": "0" * 40} for name in hub.listed]
             if rest[0] == "tree":
                 sizes = {name: (hub.folder / name).stat().st_size for name in names}
                 listed = [{"type": "file", "path": n, "size": size, "oid": self._tag(n)} for n, size in sizes.items()]
-                return self._send(200, json.dumps(listed).encode(), body)
+                return self._send(200, json.dumps(listed + extra).encode(), body)
             info = {"id": hub.hub_id, "modelId": hub.hub_id, "sha": COMMIT, "private": False, "tags": [], "downloads": 0}
-            siblings = [{"rfilename": name} for name in names]
+            siblings = [{"rfilename": name} for name in [*names, *hub.listed]]
             return self._send(200, json.dumps(info | {"siblings": siblings}).encode(), body)
         if not path.startswith(resolve):
             return self._send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})

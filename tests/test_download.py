@@ -81,6 +81,14 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> 
     assert ranges == [None, f"bytes={half // 1000 * 1000}-"]
 
 
+@pytest.mark.parametrize("name", ["model-/../../evil-of-1.safetensors", "LICENSE/../../evil", "model-a/b-of-c.safetensors"])
+def test_a_name_that_climbs_is_not_asked_for(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.listed = [name]
+    folder = get(hub, tmp_path / "to")
+    assert hub.fetched() == {path.name for path in folder.iterdir() if path.is_file()}
+    assert {path.name for path in tmp_path.iterdir()} <= {"to", "cache"}
+
+
 def test_wrong_size(hub: Hub, tmp_path: Path) -> None:
     hub.announced["tiktoken.model"] = 123
     refused(hub, tmp_path / "to", ID, "another size")

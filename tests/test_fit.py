@@ -191,6 +191,8 @@ def test_what_is_held_is_what_was_promised(bits: int, config: KimiVLConfig) -> N
     before = held_bytes(whole)
     model = quantise(whole, bits)
     assert held_bytes(model) == quantised_bytes(config, bits) < before
+    biases = {tensor.dtype for name, tensor in model.state_dict().items() if name.endswith("chosen.bias")}
+    assert biases == {torch.float32} and model.embedded.weight.dtype == torch.bfloat16
     kinds = {type(m) for m in model.decoder.modules()}
     assert {QuantisedLinear, QuantisedExperts} <= kinds and not kinds & {Experts, SeparateExperts}
 

@@ -41,6 +41,7 @@ def fetch(hub_id: str, to: Path | None = None, *, revision: str = "main", endpoi
 
     where = f"{hub_id} at {endpoint or hub.constants.ENDPOINT}"
     options: dict[str, Any] = {"revision": revision, "endpoint": endpoint, "allow_patterns": NEEDED}
+    options["ignore_patterns"] = ["*/*", "*\\*"]  # a star matches slashes too, and every needed file lies at the top
     try:
         folder = Path(hub.snapshot_download(hub_id, local_dir=to, **options))
     except Exception as error:
