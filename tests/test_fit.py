@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from demos.session import Session
 from kimi_vl_ref import TINY, KimiVL, checkpoint_folder, choose_fit, load, load_checkpoint, reply, save_checkpoint
 from kimi_vl_ref.config import KIMI_VL_A3B, KimiVLConfig
 from kimi_vl_ref.experts import SeparateExperts
@@ -19,7 +20,8 @@ from kimi_vl_ref.quantise import Quantised, QuantisedExperts, QuantisedLinear, h
 from kimi_vl_ref.sizes import active, cache_bytes_a_token, decoder, parameters, tower
 from kimi_vl_ref.weights import CheckpointError, parameter_count
 from tiny import tiny_inputs, tiny_model
-from workbench.checkup.standin import SMALL
+from workbench import cli
+from workbench.checkup.standin import SMALL, write_standin
 from workbench.edits import ablate_experts, applied, expert_output
 from workbench.study.evaluate import messages
 from workbench.study.families import make
@@ -295,3 +297,15 @@ def test_auto_loads_the_study_model_as_this_machine_allows() -> None:
     assert (fit.device, fit.bits, fit.mapped) == ("cpu", None, False)
     assert load(STUDY, fit=fit)[0].logits.weight.dtype == torch.bfloat16
     assert choose_fit(STUDY, free=Room(20_000_000)).mapped
+
+
+def test_the_command_line_and_the_page_say_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "standin"
+    write_standin(folder, SMALL)
+    assert cli.main(["chat", "--model", str(folder), "--max-tokens", "2", "what?"]) == 0
+    assert capsys.readouterr().err.startswith("(bfloat16 ")
+    assert cli.main(["chat", "--model", str(folder), "--fit", "int4", "--max-tokens", "2", "what?"]) == 0
+    assert capsys.readouterr().err.startswith("(int4 on ")
+    session = Session.load(str(folder))
+    assert capsys.readouterr().err.startswith("(bfloat16 ")
+    assert session.model_name == f"standin, {parameters(SMALL) / 1e6:.1f} M parameters"
