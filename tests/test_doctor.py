@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from workbench import cli
 from workbench.checkup import checkup
 from workbench.checkup.headers import HeaderError, read_header
 from workbench.checkup.standin import SMALL, write_standin
+from workbench.checkup.standin import main as standin_main
 from workbench.checkup.weights import INDEX
 
 Q = "language_model.model.layers.1.self_attn.q_proj.weight"
@@ -142,6 +144,22 @@ def test_a_hub_id_is_found_in_the_cache(sound: Path, tmp_path: Path, monkeypatch
     assert not report.failed and not [f for f in report.findings if f.state == "warn"], report.lines()
     with pytest.raises(ValueError, match="kimi-vl download moonshotai/Kimi-VL-A3B-Thinking"):
         checkup("moonshotai/Kimi-VL-A3B-Thinking")
+
+
+def test_a_stand_in_is_not_written_over_anything_nor_onto_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        write_standin(tmp_path, SMALL)
+    monkeypatch.setattr("sys.argv", ["standin", str(tmp_path), "--size", "small"])
+    with pytest.raises(SystemExit) as ended:
+        standin_main()
+    assert ended.value.code == 2 and "not empty" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000_000_000))
+    with pytest.raises(ValueError, match="20.0 GB free, the checkpoint takes 32.8 GB"):
+        write_standin(tmp_path / "new", KIMI_VL_A3B)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == []
 
 
 # --- planted faults -----------------------------------------------------------------------------------------
