@@ -8,13 +8,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from .config import KimiVLConfig
-from .mapped import map_checkpoint
+from .mapped import map_checkpoint, widen
 from .model import KimiVL
 from .quantise import quantise, quantised_bytes
 from .sizes import cache_bytes_a_token, parameters
@@ -43,6 +45,7 @@ class Fit:
     bits: int | None  # None: as stored
     mapped: bool
     says: str
+    compute: torch.dtype | None = None  # None: in `dtype`
 
 
 def room() -> Room:
@@ -67,6 +70,23 @@ def free_memory() -> int:
         return free
 
 
+@cache
+def slow_at(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies float32 more than twice as fast, as one without instructions for `dtype` does.
+
+    Timed once a process, in milliseconds: without them it is fifty times as slow.
+    """
+    least = {}
+    for one in (torch.float32, dtype):
+        square, times = torch.ones(128, 128, dtype=one), []
+        for _ in range(4):
+            began = time.perf_counter()
+            square @ square
+            times.append(time.perf_counter() - began)
+        least[one] = min(times[1:])  # the first may set things up
+    return least[dtype] > 2 * least[torch.float32]
+
+
 def whole_bytes(config: KimiVLConfig, dtype: torch.dtype) -> int:
     return parameters(config) * dtype.itemsize
 
@@ -80,13 +100,21 @@ def needed(config: KimiVLConfig, weights: int, dtype: torch.dtype) -> int:
 def choose_fit(folder: str | Path, way: str = "auto", *, free: Room | None = None) -> Fit:
     """The first way that fits: as stored on a GPU, 8 bits there, 4 bits there, as stored in memory, mapped from disk.
 
-    way: "auto", or one of WAYS to have it so whatever fits. free: what is to be counted with, measured unless given. Raises
-    ValueError for an unknown way, CheckpointError or ConfigError for the folder.
+    On a processor that is slow at the stored dtype, weights stay mapped whatever fits (what is read stays in memory as long as
+    there is room) and are computed with in float32. way: "auto", or one of WAYS to have it so whatever fits. free: what is to
+    be counted with, measured unless given. Raises ValueError for an unknown way, CheckpointError or ConfigError for the folder.
     """
     if way not in WAYS:
         raise ValueError(f"the way {way!r} to fit a model is not known; choose one of {', '.join(WAYS)}")
     config = read_config(Path(folder))
-    free = room() if free is None else free
+    fit = _first(config, way, room() if free is None else free)
+    if fit.device != "cpu" or fit.bits is not None or way == "whole" or not slow_at(fit.dtype):
+        return fit
+    says = f"{fit.says}; computed in float32, since this processor is slow at {config.torch_dtype}"
+    return replace(fit, mapped=True, compute=torch.float32, says=says)
+
+
+def _first(config: KimiVLConfig, way: str, free: Room) -> Fit:
     dtype = getattr(torch, config.torch_dtype)
     stored = config.torch_dtype
     whole = whole_bytes(config, dtype)
@@ -116,7 +144,10 @@ def load_fitted(folder: str | Path, fit: Fit) -> KimiVL:
     """The model as `fit` says."""
     if fit.bits is not None:
         return quantise(map_checkpoint(folder, fit.dtype), fit.bits, fit.device)
-    return map_checkpoint(folder, fit.dtype) if fit.mapped else load_checkpoint(folder, fit.device, fit.dtype)
+    if not fit.mapped:
+        return load_checkpoint(folder, fit.device, fit.dtype)
+    model = map_checkpoint(folder, fit.dtype)
+    return model if fit.compute is None else widen(model, fit.compute)
 
 
 def _gb(number: int) -> str:

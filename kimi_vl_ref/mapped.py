@@ -1,7 +1,8 @@
 """A checkpoint that stays on the disk: its tensors are pages of the shards, read when a token needs them.
 
 For a computer with less memory than the weights take. The system keeps what is used often and drops the rest, without
-swap, since nothing is ever written back.
+swap, since nothing is ever written back. A processor that is slow at the stored dtype (many are, at bfloat16) computes in
+float32: `widen` leaves the decoder's matrices as they are stored and makes each of them wide when it is used.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .config import KimiVLConfig
 from .experts import SeparateExperts
@@ -53,3 +55,34 @@ class Mapping(Filling):
 
     def store(self, place: Place, tensor: Tensor) -> None:
         self.given[place.name] = tensor.to(self.state[place.name].dtype)
+
+
+class Widened(nn.Module):
+    """In the place of a linear layer without bias: its weight stays as it is stored. (..., I) -> (..., O)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def widen(model: KimiVL, dtype: torch.dtype) -> KimiVL:
+    """A mapped model that computes in `dtype`, changed in place.
+
+    The decoder's large matrices stay where they are; the rest, a fourteenth of Kimi-VL-A3B, is converted and then takes
+    memory: 4.6 GB in float32.
+    """
+    for layer in model.decoder.layers:
+        attn, ffn = layer.attn, layer.ffn  # type: ignore[union-attr]
+        attn.q, attn.out = Widened(attn.q), Widened(attn.out)  # type: ignore[union-attr, arg-type]
+        feeds = [ffn.shared, *ffn.experts] if isinstance(ffn, MoE) else [ffn]  # type: ignore[misc]
+        for feed in feeds:
+            for name in ("gate", "up", "down"):
+                setattr(feed, name, Widened(getattr(feed, name)))
+    for module in model.modules():
+        if not isinstance(module, Widened):
+            for value in module.parameters(recurse=False):
+                value.data = value.data.to(dtype)
+    return model

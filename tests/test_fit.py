@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from torch import nn
 
 from demos.session import Session
-from kimi_vl_ref import TINY, KimiVL, checkpoint_folder, choose_fit, load, load_checkpoint, reply, save_checkpoint
+from kimi_vl_ref import TINY, KimiVL, checkpoint_folder, choose_fit, fit, load, load_checkpoint, reply, save_checkpoint
 from kimi_vl_ref.config import KIMI_VL_A3B, KimiVLConfig
 from kimi_vl_ref.experts import SeparateExperts
 from kimi_vl_ref.fit import Room, needed, whole_bytes
-from kimi_vl_ref.mapped import map_checkpoint, separate
+from kimi_vl_ref.mapped import map_checkpoint, separate, widen
 from kimi_vl_ref.moe import Experts
 from kimi_vl_ref.quantise import Quantised, QuantisedExperts, QuantisedLinear, held_bytes, quantise, quantised_bytes
 from kimi_vl_ref.sizes import active, cache_bytes_a_token, decoder, parameters, tower
@@ -28,6 +29,12 @@ from workbench.study.families import make
 from workbench.tape import attach
 
 STUDY = checkpoint_folder("study")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that is quick at every dtype, whichever runs the tests."""
+    monkeypatch.setattr(fit, "slow_at", lambda dtype: False)
 
 
 def on_meta(config: KimiVLConfig) -> KimiVL:
@@ -137,6 +144,20 @@ def test_a_mapped_model_says_what_a_loaded_one_says(tmp_path: Path, dtype: torch
     a, b = (model.logits(model(ids, pixels, grids)) for model in (mapped, loaded))
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.float().square().mean().sqrt()))
+
+
+def test_a_widened_model_computes_in_float32_with_the_stored_weights(tmp_path: Path) -> None:
+    save_checkpoint(tiny_model(4), tmp_path, dtype=torch.bfloat16)
+    ids, pixels, grids = tiny_inputs()
+    expected = load_checkpoint(tmp_path, dtype=torch.float32)(ids, pixels, grids)
+    model = widen(map_checkpoint(tmp_path), torch.float32)
+    out = model(ids, pixels, grids)
+    assert out.dtype == torch.float32 == model.logits.weight.dtype
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    left = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.bfloat16}
+    pattern = r"decoder.*(attn\.q|attn\.out|ffn.*(gate|up|down))\.weight"
+    large = {name for name in model.state_dict() if re.search(pattern, name)}
+    assert left == large and not left & set(own_memory(model, tmp_path))  # these are the pages of the file
 
 
 def test_a_mapped_model_can_be_saved(tmp_path: Path) -> None:
@@ -277,25 +298,45 @@ GB = 1_000_000_000
     ],
 )
 def test_the_first_way_that_fits(full: Path, free: Room, device: str, bits: int | None, mapped: bool) -> None:
-    fit = choose_fit(full, free=free)
-    assert (fit.device, fit.bits, fit.mapped, fit.dtype) == (device, bits, mapped, torch.bfloat16)
-    assert "GB" in fit.says and ("free" in fit.says) and ("a card" in fit.says) == (free.gpu is not None)
+    chosen = choose_fit(full, free=free)
+    assert (chosen.device, chosen.bits, chosen.mapped, chosen.dtype) == (device, bits, mapped, torch.bfloat16)
+    assert "GB" in chosen.says and ("free" in chosen.says) and ("a card" in chosen.says) == (free.gpu is not None)
     if not mapped:
         size = quantised_bytes(KIMI_VL_A3B, bits) if bits else whole_bytes(KIMI_VL_A3B, torch.bfloat16)
         assert needed(KIMI_VL_A3B, size, torch.bfloat16) <= (free.gpu or 0 if device == "cuda" else free.ram)
 
 
+@pytest.mark.parametrize("free", [Room(64 * GB), Room(24 * GB), Room(64 * GB, 8 * GB, "a card")])
+def test_a_processor_slow_at_bfloat16_computes_in_float32(full: Path, free: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "slow_at", lambda dtype: dtype == torch.bfloat16)
+    slow = choose_fit(full, free=free)
+    assert slow.mapped and slow.compute == torch.float32 and "computed in float32, since this processor is slow" in slow.says
+    assert choose_fit(full, "whole", free=free).compute is None  # as asked
+    card = choose_fit(full, free=Room(GB, 80 * GB, "a card"))
+    assert card.device == "cuda" and card.compute is None
+
+
+def test_a_model_fitted_to_a_slow_processor_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "slow_at", lambda dtype: True)
+    write_standin(tmp_path / "standin", SMALL)
+    model, chat = load(tmp_path / "standin", fit="auto")
+    assert model.logits.weight.dtype == torch.float32
+    answer = reply(model, chat, [{"role": "user", "content": "what?"}], max_new_tokens=3)
+    plain, _ = load(tmp_path / "standin", dtype=torch.float32)
+    assert answer.token_ids == reply(plain, chat, [{"role": "user", "content": "what?"}], max_new_tokens=3).token_ids
+
+
 def test_a_way_that_is_asked_for_is_taken(full: Path) -> None:
-    fit = choose_fit(full, "int4", free=Room(GB, GB, "a card"))
-    assert (fit.device, fit.bits) == ("cuda", 4) and "as asked" in fit.says
+    chosen = choose_fit(full, "int4", free=Room(GB, GB, "a card"))
+    assert (chosen.device, chosen.bits) == ("cuda", 4) and "as asked" in chosen.says
     with pytest.raises(ValueError, match="auto, whole, int8, int4, mapped"):
         choose_fit(full, "int3")
 
 
 def test_auto_loads_the_study_model_as_this_machine_allows() -> None:
-    fit = choose_fit(STUDY, free=Room(GB))
-    assert (fit.device, fit.bits, fit.mapped) == ("cpu", None, False)
-    assert load(STUDY, fit=fit)[0].logits.weight.dtype == torch.bfloat16
+    chosen = choose_fit(STUDY, free=Room(GB))
+    assert (chosen.device, chosen.bits, chosen.mapped) == ("cpu", None, False)
+    assert load(STUDY, fit=chosen)[0].logits.weight.dtype == torch.bfloat16
     assert choose_fit(STUDY, free=Room(20_000_000)).mapped
 
 
