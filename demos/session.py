@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from kimi_vl_ref import Chat, KimiVL, Reply, checkpoint_folder, load
+from kimi_vl_ref import Chat, KimiVL, Reply, checkpoint_folder, choose_fit, load
 from kimi_vl_ref.images import Picture, open_image
+from kimi_vl_ref.sizes import parameters
 from workbench.runs import Run, record
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ class Session:
     def __init__(self, model: KimiVL, chat: Chat, name: str, against: Session | None = None):
         """against: other weights, which the page can ask the same question."""
         self.model, self.chat, self.against = model, chat, against
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        millions = parameters(model.config) / 1e6  # of the model, however few bits it is kept in
         size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
         self.model_name = f"{name}, {size} parameters"
         self._busy = threading.Lock()
@@ -32,10 +34,17 @@ class Session:
 
     @classmethod
     def load(cls, source: str = "study", against: str | None = None) -> Session:
-        """From "study" or a checkpoint folder in the released layout, on a GPU if there is one. Raises ValueError."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, chat = load(source, device=device)
-        name = "study model" if source == "study" else checkpoint_folder(source).resolve().name
+        """From "study" or a checkpoint folder in the released layout, on a GPU if there is one, so that it fits. Raises
+        ValueError.
+        """
+        if source == "study":
+            model, chat = load(source, device="cuda" if torch.cuda.is_available() else "cpu")
+            name = "study model"
+        else:
+            fit = choose_fit(checkpoint_folder(source))
+            print(f"({fit.says})", file=sys.stderr)
+            model, chat = load(source, fit=fit)
+            name = checkpoint_folder(source).resolve().name
         return cls(model, chat, name, None if against is None else cls.load(against))
 
     @property

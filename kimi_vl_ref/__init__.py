@@ -9,6 +9,7 @@ import torch
 
 from .chat import Chat
 from .config import KIMI_VL_A3B, TINY, ConfigError, KimiVLConfig
+from .fit import Fit, choose_fit, load_fitted
 from .generate import Reply, generate, reply, stream_reply
 from .model import KimiVL
 from .weights import CheckpointError, load_checkpoint, save_checkpoint
@@ -19,10 +20,12 @@ __all__ = [
     "Chat",
     "CheckpointError",
     "ConfigError",
+    "Fit",
     "KimiVL",
     "KimiVLConfig",
     "Reply",
     "checkpoint_folder",
+    "choose_fit",
     "generate",
     "load",
     "load_checkpoint",
@@ -33,16 +36,25 @@ __all__ = [
 
 
 def load(
-    source: str | Path = "study", device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    source: str | Path = "study",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    fit: Fit | str | None = None,
 ) -> tuple[KimiVL, Chat]:
     """A model and the chat that belongs to it, from "study" (the small model shipped beside) or a checkpoint folder.
 
     dtype: the checkpoint's unless given; the study model computes in float32 on a CPU, which is faster there.
+    fit: "auto" chooses device, dtype, bits and whether the weights stay on the disk by what is free here, in the place of
+    `device` and `dtype`; another of `fit.WAYS`, or what `choose_fit` returned, has it so. `choose_fit(source).says` tells why.
     """
     folder = checkpoint_folder(source)
-    if dtype is None and source == "study" and torch.device(device).type == "cpu":
-        dtype = torch.float32
-    model = load_checkpoint(folder, device, dtype)
+    if fit is not None:
+        model = load_fitted(folder, choose_fit(folder, fit) if isinstance(fit, str) else fit)
+    else:
+        if dtype is None and source == "study" and torch.device(device).type == "cpu":
+            dtype = torch.float32
+        model = load_checkpoint(folder, device, dtype)
     chat = Chat.from_folder(folder)
     placeholder = chat.tokenizer.special.get("<|media_pad|>")
     if placeholder != model.config.media_placeholder_token_id:

@@ -426,7 +426,7 @@ def _read_tokenizer_config(path: Path, base: int) -> tuple[dict[int, str], str]:
     except OSError as error:
         reason = error.strerror or error
         raise TokenizerError(f"cannot read {path} ({reason}); a checkpoint folder needs this file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again") from error
     entries = data.get("added_tokens_decoder") if isinstance(data, dict) else None
     if not isinstance(entries, dict):

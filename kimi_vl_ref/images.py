@@ -173,7 +173,7 @@ class ImageProcessor:
         except OSError as error:
             reason = error.strerror or error
             raise ImageError(f"cannot read {path} ({reason}); a checkpoint folder needs this file") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ImageError(f"{path} is not valid JSON ({error}); fetch the file again") from error
         return cls.from_dict(data, source=str(path))
 

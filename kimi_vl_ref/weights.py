@@ -65,6 +65,7 @@ MODULES = {
     "projector.linear_2": "multi_modal_projector.linear_2",
     "projector": "multi_modal_projector",
 }
+SEPARATE = re.compile(r"(decoder\.layers\.\d+)\.ffn\.experts\.(\d+)\.(gate|up|down)\.weight")  # experts.py
 SELECTION_BIAS = "e_score_correction_bias"  # the one tensor that keeps float32 whatever the model's dtype
 INV_FREQ = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -95,7 +96,13 @@ def places(model: KimiVL) -> dict[str, Place]:
     inner = model.config.text.moe_intermediate_size
     for name, tensor in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
-        if module.endswith(".experts"):
+        if expert := SEPARATE.fullmatch(name):
+            layer, e, leaf = expert.groups()
+            released = released_module(f"{layer}.ffn.experts")
+            table[f"{released}.{e}.{leaf}_proj.weight"] = Place(name, tuple(tensor.shape))
+        elif name.endswith((".packed.stored", ".packed.scale", ".gate_up.stored", ".down.stored")):
+            raise CheckpointError(f"{module} is kept in few bits, which the released layout has no place for; load it without")
+        elif module.endswith(".experts"):
             released, width = released_module(module), model.config.text.hidden_size
             for e in range(len(tensor)):
                 if leaf == "down":
@@ -182,9 +189,12 @@ class Filling:
             )
         if name not in self.missing:
             raise CheckpointError(f"{source}: {name} comes a second time; remove the shard that does not belong here")
+        self.store(place, tensor)
+        del self.missing[name]
+
+    def store(self, place: Place, tensor: Tensor) -> None:
         target = self.state[place.name]
         (target[place.index] if place.index else target).copy_(tensor)
-        del self.missing[name]
 
     def finish(self, source: str) -> None:
         if self.missing:
@@ -204,13 +214,22 @@ def load_checkpoint(
     with the file and tensor at fault.
     """
     folder = Path(folder)
+    config = read_config(folder)
+    model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype))
+    fill_from(folder, Filling(model))
+    return model
+
+
+def read_config(folder: Path) -> KimiVLConfig:
+    """config.json of a checkpoint folder. Raises CheckpointError if the folder is none, ConfigError for the file."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a checkpoint folder in the released layout, or 'study'")
-    config = KimiVLConfig.from_json(folder / "config.json")
-    shards = find_shards(folder)
-    model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype))
-    fill = Filling(model)
-    for shard in shards:
+    return KimiVLConfig.from_json(folder / "config.json")
+
+
+def fill_from(folder: Path, fill: Filling) -> None:
+    """Puts every tensor of a folder's shards into place, one at a time."""
+    for shard in find_shards(folder):
         try:
             with safe_open(shard, framework="pt", device="cpu") as opened:
                 for name in opened.keys():  # noqa: SIM118, not a dict
@@ -220,7 +239,6 @@ def load_checkpoint(
                 f"{shard} cannot be read as safetensors ({error}); the download was cut off or the file is another kind"
             ) from None
     fill.finish(str(folder))
-    return model
 
 
 def find_shards(folder: Path) -> list[Path]:

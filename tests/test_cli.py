@@ -26,6 +26,7 @@ def free_port() -> str:
         (["chat", "--seed", "-1", "what?"], "--seed"),
         (["chat", "--temperature", "warm", "what?"], "--temperature"),
         (["chat", "--nonsense", "what?"], "--nonsense"),
+        (["chat", "--fit", "int3", "what?"], "int3"),
         (["chat", "--model", "no/such/folder", "what?"], "no/such/folder"),
         (["demo", "--port", "99999"], "--port"),
         (["study"], "command"),

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterable
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,15 +47,20 @@ def chat(
     max_tokens: MaxTokens = 512,
     thought_budget: Budget = None,
     seed: Seed = None,
+    fit: Annotated[str | None, typer.Option(help="auto (the usual for a folder), whole, int8, int4 or mapped")] = None,
 ) -> None:
     """Answer a question about pictures: the thought, dimmed, then the answer."""
     if not question.strip():
         raise ValueError("the question is empty; write what you want to know")
-    from kimi_vl_ref import load, stream_reply
+    from kimi_vl_ref import checkpoint_folder, choose_fit, load, stream_reply
 
     pictures = [{"type": "image", "image": path} for path in image or []]
     messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
-    loaded, its_chat = load(model)
+    chosen = None
+    if fit is not None or model != "study":
+        chosen = choose_fit(checkpoint_folder(model), fit or "auto")
+        typer.echo(f"({chosen.says})", err=True)
+    loaded, its_chat = load(model, fit=chosen)
     reply = show(
         stream_reply(
             loaded,
@@ -248,6 +254,42 @@ def list_sites(
     from .sites import listing, skeleton
 
     typer.echo("\n".join(listing(skeleton(model), glob)))
+
+
+@app.command()
+def doctor(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, a hub id in the local cache, or 'study'")],
+    json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="also compare with transformers' modules, layer by layer")] = False,
+    report: Annotated[Path | None, typer.Option(help="with --deep: write what was found to this file, to attach")] = None,
+) -> None:
+    """Check a checkpoint without loading it, and say what this machine can do with it; exit code 1 if something is wrong."""
+    if report is not None and not deep:
+        raise ValueError("--report belongs to --deep, which takes minutes and is worth a file; give both or neither")
+    from .checkup import checkup
+
+    found = checkup(checkpoint)
+    if deep and not found.failed:
+        from .checkup.deep import check_deep
+
+        check_deep(found, checkpoint, report, progress=sys.stderr.isatty())
+    typer.echo(dumps(found.to_dict(), indent=2) if json else "\n".join(found.lines()))
+    if found.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def download(
+    hub_id: Annotated[str, typer.Argument(help="such as moonshotai/Kimi-VL-A3B-Instruct")],
+    to: Annotated[Path | None, typer.Option(help="a folder; default: the cache of the hub, shared with other programs")] = None,
+    revision: Annotated[str, typer.Option(help="a branch, a tag or a commit")] = "main",
+    endpoint: Annotated[str | None, typer.Option(help="another address of the hub; default: HF_ENDPOINT")] = None,
+) -> None:
+    """Fetch the files of a checkpoint that are needed, no code and no pickles; one that was cut off goes on."""
+    from .checkup.download import fetch
+
+    folder = fetch(hub_id, to, revision=revision, endpoint=endpoint)
+    typer.echo(f"{folder}\nnext: kimi-vl doctor {folder}")
 
 
 @app.command()

@@ -34,6 +34,7 @@ RENAMED = [
     ("linear_1", "in_proj"),
     ("linear_2", "out_proj"),
 ]
+_TOWER = ("vision_tower.", "mm_projector.")
 LEAVES = {"gate_up": "gate_up_proj", "down": "down_proj"}  # of the experts, which both hold stacked
 WITHOUT = {
     "vision.layers.{i}.attn.qkv": "these are three modules there; read q, k and v",
@@ -100,10 +101,7 @@ def as_transformers(model: KimiVL) -> nn.Module:
         theirs = as_transformers(model)
         walk(model, theirs, probe(model.config)).first      # None: they agree
     """
-    try:
-        transformers = import_module("transformers")
-    except ModuleNotFoundError:
-        raise ValueError("transformers is not installed; pip install 'transformers>=5.23,<6'") from None
+    transformers = _transformers()
     config = model.config.to_dict()
     vision = {key: value for key, value in config["vision_config"].items() if key != "model_type"}
     sides = vision.pop("init_pos_emb_height"), vision.pop("init_pos_emb_width")
@@ -126,12 +124,35 @@ def as_transformers(model: KimiVL) -> nn.Module:
     return built.eval().requires_grad_(False)
 
 
-def _their_state(model: KimiVL) -> dict[str, Tensor]:
+def as_decoder(model: KimiVL) -> nn.Module:
+    """transformers' DeepSeek-V3 with the decoder of a KimiVL, whose weights the two then share. Raises ValueError without
+    transformers.
+
+    Nothing is initialised on the way, so that a layer of full size is there in a moment.
+    """
+    theirs = _transformers().DeepseekV3Config(**model.config.to_dict()["text_config"])
+    theirs._attn_implementation = theirs._experts_implementation = "eager"
+    with torch.device("meta"):
+        built = _transformers().DeepseekV3ForCausalLM(theirs)
+    built.model.rotary_emb = type(built.model.rotary_emb)(config=theirs)  # its frequencies are no part of a checkpoint
+    state = {name: tensor for name, tensor in _their_state(model, "model.", "").items() if not name.startswith(_TOWER)}
+    built.load_state_dict(state, strict=True, assign=True)
+    return built.eval().requires_grad_(False)
+
+
+def _transformers() -> Any:
+    try:
+        return import_module("transformers")
+    except ModuleNotFoundError:
+        raise ValueError("transformers is not installed; pip install 'transformers>=5.23,<6'") from None
+
+
+def _their_state(model: KimiVL, text: str = "model.language_model.", tower: str = "model.") -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     heads = model.config.vision.num_attention_heads
     for name, tensor in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
-        path = _their_name(released_module(module), "model.language_model.", "model.")
+        path = _their_name(released_module(module), text, tower)
         if module.endswith(".attn.qkv"):
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 if part != "v":  # even channels of a head first, then the odd ones

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kimi_vl_ref import KimiVL
 from kimi_vl_ref.decoder import Layer
-from kimi_vl_ref.moe import Experts, MoE
+from kimi_vl_ref.moe import MoE
+from workbench.edits.experts import stacked
 from workbench.tape import Edit, Tape, attach
 
 from .result import Result
@@ -193,8 +194,7 @@ def _expert_terms(model: KimiVL, tape: Tape, layer: int, direction: Tensor) -> T
     site = f"decoder.layers.{layer}.ffn"
     x, weights = tape.last(f"decoder.layers.{layer}.ffn_norm"), tape.last(f"{site}.router.weights")
     chosen = tape.last(f"{site}.router.chosen").long()
-    worker = model.get_submodule(f"{site}.experts")
-    assert isinstance(worker, Experts)
+    worker = stacked(model.get_submodule(f"{site}.experts"))
     gate, up = torch.einsum("d,kid->ki", x, worker.gate_up[chosen].double()).chunk(2, dim=-1)  # (K, F) each
     written = torch.einsum("kf,kdf->kd", F.silu(gate) * up, worker.down[chosen].double())
     terms = direction.new_zeros(model.config.text.n_routed_experts)

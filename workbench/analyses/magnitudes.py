@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_vl_ref import KimiVL
-from kimi_vl_ref.moe import Experts, MoE, grouped_linear
+from kimi_vl_ref.moe import MoE, grouped_linear
 from workbench.edits import Change, ablate_experts, applied
+from workbench.edits.experts import stacked
 from workbench.rows import decoder_rows
 from workbench.tape import Keep, attach
 
@@ -95,8 +96,7 @@ def _routed(model: KimiVL) -> list[int]:
 
 def _largest_outputs(model: KimiVL, layer: int) -> Keep:
     """(E,) what each expert's down-projection gives at most, from what one call of the layer's experts was given."""
-    experts = model.get_submodule(f"decoder.layers.{layer}.ffn.experts")
-    assert isinstance(experts, Experts)
+    experts = stacked(model.get_submodule(f"decoder.layers.{layer}.ffn.experts"))
 
     def keep(inputs: tuple[Any, ...], _site: str) -> Tensor:
         x, chosen, _ = inputs

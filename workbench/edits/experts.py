@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_vl_ref import KimiVL
+from kimi_vl_ref.moe import Experts
 
 from .change import Change, EditError, Now, Plan, Where, digest, indices, listed, mask
 from .parts import ablate_written, filling_of
@@ -102,10 +103,17 @@ def expert_output(model: KimiVL, layer: int, experts: Any, x: Tensor) -> Tensor:
         expert_output(model, 3, [7], tape["decoder.layers.3.ffn_norm"][0])      # (B, T, 1, D)
     """
     experts = indices(experts, "expert")
-    worker = moe_layer(model, layer, experts).experts
+    worker = stacked(moe_layer(model, layer, experts).experts)
     inner = torch.einsum("...d,eid->...ei", x, worker.gate_up[experts])
     gate, up = inner.chunk(2, dim=-1)
     return torch.einsum("...ei,edi->...ed", F.silu(gate) * up, worker.down[experts])
+
+
+def stacked(experts: nn.Module) -> Experts:
+    """The experts, if their weights can be read side by side. Raises ValueError for those of a model that was made to fit."""
+    if not isinstance(experts, Experts):
+        raise ValueError("the experts of this model lie apart or in few bits; load the checkpoint without fit= to read them")
+    return experts
 
 
 class Weighing(nn.Module):
