@@ -7,16 +7,15 @@ decay.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kimi_vl_ref.fit import slow_at
 from kimi_vl_ref.model import KimiVL
 from kimi_vl_ref.moe import Choice
 
@@ -119,22 +118,9 @@ def as_matrices(name: str, value: Tensor) -> Tensor:
     return value.unflatten(1, (stacked, -1)).flatten(0, 1)
 
 
-@cache
 def quick_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it as fast as float32, else float32.
-
-    A CPU without instructions for it (AVX2 only, for one) takes fifty times as long. Timed once a process, in
-    milliseconds.
-    """
-    least = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        square, times = torch.ones(4, 128, 128, dtype=dtype), []
-        for _ in range(4):
-            began = time.perf_counter()
-            square @ square
-            times.append(time.perf_counter() - began)
-        least[dtype] = min(times[1:])  # the first may set things up
-    return torch.bfloat16 if least[torch.bfloat16] <= 1.2 * least[torch.float32] else torch.float32
+    """bfloat16, or float32 on a processor that is slow at it."""
+    return torch.float32 if slow_at(torch.bfloat16) else torch.bfloat16
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
