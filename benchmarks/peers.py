@@ -24,7 +24,8 @@ EXPERTS = ("grouped_mm", "eager", "batched_mm")  # transformers' own ways to com
 def config(name: str) -> KimiVLConfig:
     """'issue': heads as wide as the released ones, half its MoonViT's width, 4 layers each. 'tiny': for tests."""
     vision = replace(TINY.vision, init_pos_emb_height=12, init_pos_emb_width=12)  # transformers' table is square
-    tiny = replace(TINY, vision=vision, text=replace(TINY.text, max_position_embeddings=1 << 18))
+    text = replace(TINY.text, max_position_embeddings=1 << 18, moe_intermediate_size=20)  # theirs wants rows of 16 bytes
+    tiny = replace(TINY, vision=vision, text=text)
     if name == "tiny":
         return tiny
     if name != "issue":
@@ -94,12 +95,15 @@ class Planted:
     def __init__(self, model: KimiVL, lengths: list[int], room: int):
         text = model.config.text
         self.model, self.lengths, self.room = model, torch.tensor(lengths), room
-        generator = torch.Generator().manual_seed(2)
+        weight = model.logits.weight
+        self.like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.lengths = self.lengths.to(weight.device)
+        generator = torch.Generator(weight.device).manual_seed(2)
         shape = (len(lengths), max(lengths))
         self.layers = [
             (
-                torch.randn(*shape, text.kv_lora_rank, generator=generator),
-                torch.randn(*shape, text.qk_rope_head_dim, generator=generator),
+                torch.randn(*shape, text.kv_lora_rank, generator=generator, **self.like),
+                torch.randn(*shape, text.qk_rope_head_dim, generator=generator, **self.like),
             )
             for _ in range(text.num_hidden_layers)
         ]
@@ -107,7 +111,7 @@ class Planted:
     def ours(self) -> LatentCache:
         cache, longest = self.model.new_cache(len(self.lengths)), int(self.lengths.max())
         cache.make_room(longest + self.room)
-        positions = torch.arange(longest).expand(len(self.lengths), -1)
+        positions = torch.arange(longest, device=self.lengths.device).expand(len(self.lengths), -1)
         for i, (latent, key) in enumerate(self.layers):
             cache.write(i, latent, key, positions)
         cache.advance(self.lengths, longest)
@@ -129,7 +133,7 @@ class Planted:
 
     def mask(self, new: int) -> Tensor:
         """1 for a real slot of `theirs`, of `new` tokens more, too."""
-        slots = torch.arange(int(self.lengths.max()) + new)
+        slots = torch.arange(int(self.lengths.max()) + new, device=self.lengths.device)
         return (slots >= int(self.lengths.max()) - self.lengths[:, None]).long()
 
 

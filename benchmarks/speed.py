@@ -5,8 +5,8 @@
     python -m benchmarks.speed decode --sizes 128 1024 --rounds 3
 
 Every row has a process of its own, in which ours and every peer run once, must agree, and then take turns, another one first
-in each round; ms are medians, the ratio is the median of the rounds' ratios to the peer that was best. A row that fails, or would
-take the last 2 GB of the machine's memory, gets a line that says so. Figures are of the moment: a busy machine says so itself.
+in each round; ms are medians, the ratio is the median of the rounds' ratios to the peer that was best. A row that fails, or
+would take the last 2 GB of the machine's memory, gets a line that says so; so does a machine that was busy at the start.
 """
 
 from __future__ import annotations
@@ -94,14 +94,15 @@ def race(contest: Contest, rounds: int) -> dict[str, Any]:
             turn = number % len(ways)
             for name in [*ways][turn:] + [*ways][:turn]:
                 times[name].append(timed(ways[name])[0])
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    first = {name: once / contest.steps for name, once in first.items()}
+    medians = {name: statistics.median(found) / contest.steps for name, found in times.items()}
     best_name = min((name for name in medians if name in contest.others), key=lambda name: medians[name])
     found = {
         "ours_ms": medians["ours"],
         "best": best_name,
         "best_ms": medians[best_name],
         "medians_ms": {**{name: once for name, once in first.items() if name not in medians}, **medians},
-        "rate": 1000 * contest.amount / medians["ours"],
+        "rate": 1000 * contest.amount / contest.steps / medians["ours"],
         "amount": contest.amount,
         "bound": contest.bound,
         "rounds": rounds,
@@ -131,7 +132,8 @@ def apart(*arguments: Any) -> dict[str, Any]:
 
 def contested(work: str, config: str, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
     print(f"### {work}, {config} configuration\n")
-    print("| work | ours, ms | best peer, ms | ratio | 95% interval | asked | ours, tokens/s | bound |\n|---|---|---|---|---|---|---|---|")
+    print("| work | ours, ms | best peer, ms | ratio | 95% interval | asked | tokens or patches/s | bound |")
+    print("|---|---|---|---|---|---|---|---|")
     rows = []
     for size in sizes:
         target = dict(zip(SIZES[work], TARGETS[work], strict=True)).get(size)
@@ -146,15 +148,15 @@ def line(row: dict[str, Any]) -> str:
         return f"not measured: {row['error']} | | | | | | "
     asked = "" if row["target"] is None else f"{row['target']:g}"
     aside = "".join(f"; {ratio:.1f} x {name}" for name, ratio in row.get("aside", {}).items())
-    figures = "{ours_ms:.1f} | {best_ms:.1f} ({best}) | {ratio:.2f}{aside} | {low:.2f} to {high:.2f} | {asked} | {rate:,.0f} | {bound}"
-    return figures.format(**row | {"aside": aside, "asked": asked})
+    figures = "{ours_ms:.1f} | {best_ms:.1f} ({best}) | {ratio:.2f}{aside} | {low:.2f} to {high:.2f} | {asked} | {rate:,.0f}"
+    return figures.format(**row | {"aside": aside, "asked": asked}) + f" | {row['bound']}"
 
 
 def pair(work: str, config: str, size: int, rounds: int) -> list[dict[str, Any]]:
     """Peak memory, or loading: each way in processes of its own, taking turns; medians."""
     asked = "0.7 of the peer's peak" if work == "memory" else "1.1 of the weights, the peer's time"
     print(f"### {work}, {config} configuration\n")
-    print(f"| work | way | peak, MB | of the weights | of the peer's peak | seconds | asked |\n|---|---|---|---|---|---|---|")
+    print("| work | way | peak, MB | of the weights | of the peer's peak | seconds | asked |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         weights = apart("write", "--config", config, "--folder", folder) if work == "load" else {}
         turns = rounds if work == "load" else 1  # a peak hardly varies, and 16,384 tokens take a minute
@@ -173,13 +175,13 @@ def pair(work: str, config: str, size: int, rounds: int) -> list[dict[str, Any]]
         raise Mismatch(f"transformers differs from ours by {gap:.1e} of the largest output; nothing is reported")
     peaks = {way: statistics.median(one["peak"] for one in ones) for way, ones in found.items()}
     for way, ones in found.items():
-        row = {"work": work, "config": config, "size": size, "way": way, "peak": peaks[way], "rounds": turns}
-        row |= {"seconds": statistics.median(one["seconds"] for one in ones), "weights": weights.get("weights")}
-        row |= {"of_weights": peaks[way] / row["weights"] if row["weights"] else None, "of_peer": peaks[way] / peaks["transformers"]}
-        rows.append(row)
-        share = f"{row['of_weights']:.2f}" if row["weights"] else ""
-        figures = f"{row['peak'] / 1e6:.0f} | {share} | {row['of_peer']:.2f} | {row['seconds']:.2f} | {asked if way == 'ours' else ''}"
-        print(f"| {WHAT[work].format(f'{size:,}')} | {way} | {figures} |", flush=True)
+        of_weights = peaks[way] / weights["weights"] if weights else None
+        row = {"work": work, "config": config, "size": size, "way": way, "peak": peaks[way], "of_weights": of_weights}
+        row |= {"of_peer": peaks[way] / peaks["transformers"], "rounds": turns}
+        rows.append(row | {"seconds": statistics.median(one["seconds"] for one in ones)})
+        share = "" if of_weights is None else f"{of_weights:.2f}"
+        figures = f"{row['peak'] / 1e6:.0f} | {share} | {row['of_peer']:.2f} | {rows[-1]['seconds']:.2f}"
+        print(f"| {WHAT[work].format(f'{size:,}')} | {way} | {figures} | {asked if way == 'ours' else ''} |", flush=True)
     return rows
 
 
@@ -187,7 +189,8 @@ def lengths(config: str, sizes: list[int], rounds: int, figure: Path | None) -> 
     """Ours alone, and how far from a straight line: a step and the cache over the context."""
     print(f"### long, {config} configuration\n")
     print("| context | a token, ms | ms over the line | cache, numbers a token and layer |\n|---|---|---|---|")
-    rows = [{"work": "long", "config": config, **apart("long", "--one", n, "--config", config, "--rounds", rounds)} for n in sizes]
+    found = [apart("long", "--one", size, "--config", config, "--rounds", rounds) for size in sizes]
+    rows = [{"work": "long", "config": config, **one} for one in found]
     good = [row for row in rows if "error" not in row]
     slope, start = fitted([row["context"] for row in good], [row["ms"] for row in good])
     for size, row in zip(sizes, rows, strict=True):
@@ -222,14 +225,16 @@ def drawn(rows: list[dict[str, Any]], slope: float, start: float) -> Any:
     axes.set_xticks([row["context"] for row in rows], [f"{row['context']:,}" for row in rows])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    axes.set_title(f"One step of decoding over the length of its context ({rows[0]['config']} configuration)", loc="left", fontsize=10)
+    title = f"One step of decoding over the length of its context ({rows[0]['config']} configuration)"
+    axes.set_title(title, loc="left", fontsize=10)
     return figure
 
 
 def about() -> dict[str, Any]:
     found: dict[str, Any] = {"machine": processor(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
     found["threads"] = os.environ.get("OMP_NUM_THREADS", found["cores"])
-    found["load"] = f"{os.getloadavg()[0]:.1f} before" + (" (busy: figures are provisional)" if os.getloadavg()[0] > 0.5 else "")
+    busy = " (busy: figures are provisional)" if os.getloadavg()[0] > 0.5 else ""
+    found["load"] = f"{os.getloadavg()[0]:.1f} before{busy}"
     for name in ("torch", "transformers"):
         try:
             found[name] = version(name)

@@ -25,8 +25,9 @@ Way = tuple[Callable[[], Any], Callable[[Any], Tensor]]  # make ready; the work,
 class Contest:
     ours: Way
     others: dict[str, Way]
-    amount: float  # tokens or steps of one call
+    amount: int  # tokens or patches of one call
     bound: str  # what the work is made of, in words with numbers
+    steps: int = 1  # of one call: a time is that of one step
     aside: dict[str, Way] = field(default_factory=dict)  # also timed, but no candidate for the best peer
 
 
@@ -112,6 +113,7 @@ def stepping(config: str, lengths: list[int], steps: int) -> Contest:
         {f"sdpa, {experts}": by(experts) for experts in peers.EXPERTS},
         rows * steps,
         f"bytes: {4 * active_weights(net) / 1e6:.0f} MB of weights a token, {4 * numbers / 1e6:.1f} MB of cache a step",
+        steps,
     )
 
 

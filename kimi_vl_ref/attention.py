@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from .cache import LatentCache
 from .config import TextConfig
@@ -77,7 +78,8 @@ class Where:
     def __init__(self, positions: Tensor, rotation: Rotation, visible: Tensor | None):
         self.positions = positions  # (B, T), counted from the start of the row
         self.rotation = rotation  # two of (B, T, r/2)
-        self.visible = visible  # (B, T, S) keys a query may see; None: the keys are the queries, causally
+        # (B, T, S) keys a query may see; None: the queries are the last T of the S keys, and see causally
+        self.visible = visible
 
 
 # The signature of a core:
@@ -99,8 +101,8 @@ class LatentCore(nn.Module):
     def forward(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
     ) -> Tensor:
-        # a prefill (visible is None) always expands: it never needs a T x T mask
-        many = visible is None or q_nope.shape[1] > self.queries_worth_expanding
+        # a prefill from nothing always expands: it then needs no mask at all
+        many = q_nope.shape[1] > min(self.queries_worth_expanding, latent.shape[1] - 1)
         core = self.expanded if many else self.absorbed
         return core(q_nope, q_rope, latent, k_rope, up, visible)
 
@@ -116,8 +118,10 @@ class ExpandedCore(nn.Module):
         if v_dim < d:  # the fused kernels want keys and values equally wide
             v = F.pad(v, (0, d - v_dim))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T or S, d)
-        mask = None if visible is None else visible[:, None]
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, scale=d**-0.5)
+        if visible is None:
+            heads = causal_attention(q, k, v)
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
         return heads.transpose(1, 2)[..., :v_dim]
 
 
@@ -133,11 +137,14 @@ class AbsorbedCore(nn.Module):
         n = q_nope.shape[-1]
         scale = (n + q_rope.shape[-1]) ** -0.5
         q_latent = torch.einsum("bthn,hnr->bhtr", q_nope, up[:, :n])  # (B, H, T, R)
-        content = q_latent @ latent[:, None].transpose(-1, -2)  # (B, H, T, S)
-        position = q_rope.transpose(1, 2) @ k_rope[:, None].transpose(-1, -2)
-        probs = masked_softmax((content + position) * scale, visible)
-        read = probs.to(latent.dtype) @ latent[:, None]  # (B, H, T, R)
-        return torch.einsum("bhtr,hvr->bthv", read, up[:, n:])
+        heads = q_latent.shape[1:3]
+        # all heads share the keys, so they are columns of one product, which reads the cache once and as it lies
+        content = latent @ q_latent.flatten(1, 2).transpose(1, 2)  # (B, S, H*T)
+        q_rope = q_rope.transpose(1, 2).flatten(1, 2)  # (B, H*T, r)
+        scores = torch.baddbmm(content, k_rope, q_rope.transpose(1, 2), beta=scale, alpha=scale).transpose(1, 2)
+        probs = masked_softmax(scores.unflatten(1, heads), visible)  # (B, H, T, S)
+        read = probs.to(latent.dtype).flatten(1, 2) @ latent  # (B, H*T, R)
+        return torch.einsum("bhtr,hvr->bthv", read.unflatten(1, heads), up[:, n:])
 
 
 class ExplicitCore(nn.Module):
@@ -168,11 +175,32 @@ def expand(
     return q, k, v
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
+    """Attention of q (B, H, T, d), the last T of the keys k (B, H, S, d), without a T x S mask; v (B, H, S, d).
+
+    From nothing (T = S), or on a GPU, it is one fused call. Behind a cache on a CPU the queries go in blocks: each sees
+    all keys before it, and the mask is one of `block` rows.
+    """
+    past = k.shape[2] - q.shape[2]
+    if past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+    heads = []
+    for start, part in zip(range(past, k.shape[2], block), q.split(block, dim=2), strict=True):
+        stop = start + part.shape[2]
+        mask = torch.ones(part.shape[2], stop, dtype=torch.bool, device=q.device).tril(start)
+        heads.append(F.scaled_dot_product_attention(part, k[:, :, :stop], v[:, :, :stop], attn_mask=mask))
+    return torch.cat(heads, dim=2)
+
+
 def hide(scores: Tensor, visible: Tensor | None) -> Tensor:
     """Scores (B, H, T, S) with -inf where a query may not look; `visible` as in `Where`."""
     if visible is None:
-        t = scores.shape[-1]
-        visible = torch.ones(t, t, dtype=torch.bool, device=scores.device).tril()[None]
+        t, s = scores.shape[-2:]
+        if t == 1:
+            return scores  # the last token sees everything
+        visible = torch.ones(t, s, dtype=torch.bool, device=scores.device).tril(s - t)[None]
     return scores.masked_fill(~visible[:, None], float("-inf"))
 
 
