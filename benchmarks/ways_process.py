@@ -84,7 +84,7 @@ def loading(folder: str, way: str) -> dict[str, Any]:
     before, start = peers.resident("VmRSS"), time.perf_counter()
     model = load()
     # a mapped file is read when it is first used, so use all
-    norms = {name: float(torch.linalg.vector_norm(p)) for name, p in model.named_parameters()}
+    norms = {name: float(torch.linalg.vector_norm(p.detach())) for name, p in model.named_parameters()}
     seconds, peak = time.perf_counter() - start, peers.resident("VmHWM") - before
     decoder = sum(norm**2 for name, norm in norms.items() if not name.startswith(("vision.", "projector.")))
     return {"peak": peak, "seconds": seconds, "output": [decoder**0.5]}

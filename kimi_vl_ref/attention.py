@@ -1,9 +1,9 @@
 """Latent attention (MLA). Keys and values are rebuilt from one narrow latent per token, so that is all the cache keeps.
 
-Moonlight report (arXiv 2502.16982) and DeepSeek-V2 (arXiv 2405.04434) section 2.1. Three interchangeable cores compute
-the same thing: `ExpandedCore` rebuilds every key and value, `AbsorbedCore` stays in the latent space, `ExplicitCore`
-shows its probabilities. Letters: B rows, T queries, S keys, H heads, R latent, n/r/v channels (content, rotary,
-value), D stream.
+Moonlight report (arXiv 2502.16982) and DeepSeek-V2 (arXiv 2405.04434) section 2.1. Interchangeable cores compute the
+same thing: `ExpandedCore` rebuilds every key and value, `AbsorbedCore` stays in the latent space, `BlockwiseCore` does so
+in one pass, `ExplicitCore` shows its probabilities. Letters: B rows, T queries, S keys, H heads, R latent, n/r/v channels
+(content, rotary, value), D stream.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Where:
 
 
 class LatentCore(nn.Module):
-    """The cheaper of two equal forms: rebuilding all keys pays only when many queries share them."""
+    """The cheapest of three equal forms: rebuilding all keys pays only when many queries share them."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.expanded, self.absorbed = ExpandedCore(), AbsorbedCore()
+        self.expanded, self.absorbed, self.blockwise = ExpandedCore(), AbsorbedCore(), BlockwiseCore()
         # S keys cost R(n+v) to rebuild each; a query costs 2R+r a key in latent space, n+r+v against rebuilt keys
         n_plus_v = config.qk_nope_head_dim + config.v_head_dim
         saved = 2 * config.kv_lora_rank - n_plus_v
@@ -103,7 +103,9 @@ class LatentCore(nn.Module):
     ) -> Tensor:
         # a prefill from nothing always expands: it then needs no mask at all
         many = q_nope.shape[1] > min(self.queries_worth_expanding, latent.shape[1] - 1)
-        core = self.expanded if many else self.absorbed
+        # one pass pays where a CPU would fetch the cache twice from memory; on a GPU a block is too little work
+        long = latent.shape[1] > 2 * self.blockwise.block and not latent.is_cuda
+        core = self.expanded if many else self.blockwise if long else self.absorbed
         return core(q_nope, q_rope, latent, k_rope, up, visible)
 
 
@@ -134,17 +136,57 @@ class AbsorbedCore(nn.Module):
     def forward(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
     ) -> Tensor:
-        n = q_nope.shape[-1]
-        scale = (n + q_rope.shape[-1]) ** -0.5
-        q_latent = torch.einsum("bthn,hnr->bhtr", q_nope, up[:, :n])  # (B, H, T, R)
-        heads = q_latent.shape[1:3]
-        # all heads share the keys, so they are columns of one product, which reads the cache once and as it lies
-        content = latent @ q_latent.flatten(1, 2).transpose(1, 2)  # (B, S, H*T)
-        q_rope = q_rope.transpose(1, 2).flatten(1, 2)  # (B, H*T, r)
-        scores = torch.baddbmm(content, k_rope, q_rope.transpose(1, 2), beta=scale, alpha=scale).transpose(1, 2)
-        probs = masked_softmax(scores.unflatten(1, heads), visible)  # (B, H, T, S)
+        queries, n = latent_queries(q_nope, q_rope, up), q_nope.shape[-1]  # (B, H*T, R), (B, H*T, r)
+        heads = up.shape[0], q_nope.shape[1]
+        probs = masked_softmax(latent_scores(*queries, latent, k_rope).unflatten(1, heads), visible)  # (B, H, T, S)
         read = probs.to(latent.dtype).flatten(1, 2) @ latent  # (B, H*T, R)
         return torch.einsum("bhtr,hvr->bthv", read.unflatten(1, heads), up[:, n:])
+
+
+class BlockwiseCore(nn.Module):
+    """The absorbed form in one pass over a long cache, `block` tokens at a time: each is read while it is near, for its
+    scores and for its share of the sum. A share is rescaled when a later score is higher (online softmax, arXiv 1805.02867).
+    """
+
+    def __init__(self, block: int = 1024):
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        queries, n = latent_queries(q_nope, q_rope, up), q_nope.shape[-1]
+        heads, t, s = up.shape[0], q_nope.shape[1], latent.shape[1]
+        if visible is None and t > 1:
+            visible = torch.ones(t, s, dtype=torch.bool, device=latent.device).tril(s - t)[None]
+        wide = torch.promote_types(latent.dtype, torch.float32)
+        top = queries[0].new_full((len(latent), heads * t, 1), torch.finfo(wide).min, dtype=wide)
+        total, read = torch.zeros_like(top), torch.zeros_like(queries[0], dtype=wide)
+        for start in range(0, s, self.block):
+            near = slice(start, start + self.block)
+            scores = latent_scores(*queries, latent[:, near], k_rope[:, near]).to(wide)  # (B, H*T, block)
+            if visible is not None:
+                scores = hide(scores.unflatten(1, (heads, t)), visible[..., near]).flatten(1, 2)
+            higher = torch.maximum(top, scores.amax(-1, keepdim=True))  # finite even where a whole block is hidden
+            probs, shrink = (scores - higher).exp(), (top - higher).exp()
+            total = total * shrink + probs.sum(-1, keepdim=True)
+            read = read * shrink + probs.to(latent.dtype) @ latent[:, near]
+            top = higher
+        read = (read / total).to(latent.dtype).unflatten(1, (heads, t))
+        return torch.einsum("bhtr,hvr->bthv", read, up[:, n:])
+
+
+def latent_queries(q_nope: Tensor, q_rope: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries as the latents see them, scaled, (B, H*T, R), and their rotary part, (B, H*T, r). All heads share the keys."""
+    scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
+    q_latent = torch.einsum("bthn,hnr->bhtr", q_nope * scale, up[:, : q_nope.shape[-1]])
+    return q_latent.flatten(1, 2), (q_rope * scale).transpose(1, 2).flatten(1, 2)
+
+
+def latent_scores(q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+    """(B, H*T, S): the keys of all heads are columns of one product, which reads the cache once and as it lies."""
+    content = latent @ q_latent.transpose(1, 2)
+    return torch.baddbmm(content, k_rope, q_rope.transpose(1, 2)).transpose(1, 2)
 
 
 class ExplicitCore(nn.Module):

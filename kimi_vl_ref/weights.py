@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ MODULES = {
     "projector.linear_2": "multi_modal_projector.linear_2",
     "projector": "multi_modal_projector",
 }
+MAPPED = 16 << 20  # bytes of a shard that are mapped at a time while it is read
 SELECTION_BIAS = "e_score_correction_bias"  # the one tensor that keeps float32 whatever the model's dtype
 INV_FREQ = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -212,15 +214,30 @@ def load_checkpoint(
     fill = Filling(model)
     for shard in shards:
         try:
-            with safe_open(shard, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118, not a dict
-                    fill.put(name, opened.get_tensor(name), shard.name)
+            for name, tensor in stored(shard):
+                fill.put(name, tensor, shard.name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{shard} cannot be read as safetensors ({error}); the download was cut off or the file is another kind"
             ) from None
     fill.finish(str(folder))
     return model
+
+
+def stored(shard: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, in its order. The file is mapped, and what was read of a mapping stays resident
+    until that is closed: so it is opened anew after every MAPPED bytes.
+    """
+    with safe_open(shard, framework="pt", device="cpu") as opened:
+        names = deque(opened.keys())
+    while names:
+        read = 0
+        with safe_open(shard, framework="pt", device="cpu") as opened:
+            while names and read < MAPPED:
+                tensor = opened.get_tensor(name := names.popleft())
+                read += tensor.nbytes
+                yield name, tensor
+                del tensor  # it holds the mapping
 
 
 def find_shards(folder: Path) -> list[Path]:

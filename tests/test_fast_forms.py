@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from kimi_vl_ref import KimiVL
-from kimi_vl_ref.attention import AbsorbedCore, ExpandedCore, ExplicitCore, causal_attention
+from kimi_vl_ref.attention import AbsorbedCore, BlockwiseCore, ExpandedCore, ExplicitCore, LatentCore, causal_attention
 from kimi_vl_ref.chat import Inputs
 from kimi_vl_ref.generate import prefill
 from tiny import tiny_model
 
 MODEL: KimiVL = tiny_model(3, torch.float64)
+CORES = [AbsorbedCore(), ExpandedCore(), BlockwiseCore(block=7), BlockwiseCore()]
 SEEDS = pytest.mark.parametrize("seed", range(12))
 
 
@@ -36,7 +37,7 @@ def core_inputs(seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 @SEEDS
-@pytest.mark.parametrize("core", [AbsorbedCore(), ExpandedCore()], ids=["absorbed", "expanded"])
+@pytest.mark.parametrize("core", CORES, ids=["absorbed", "expanded", "blocks of 7", "one block"])
 def test_cores_without_a_mask_are_the_formula_with_one(core: torch.nn.Module, seed: int) -> None:
     inputs, visible = core_inputs(seed)
     expected = ExplicitCore()(*inputs, visible)
@@ -49,10 +50,12 @@ def test_cores_without_a_mask_are_the_formula_with_one(core: torch.nn.Module, se
 def test_cores_of_ragged_rows_are_the_formula(seed: int) -> None:
     inputs, visible = core_inputs(seed)
     hidden = torch.rand(visible.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    hidden[..., 0] = False  # each query sees something
+    hidden[..., 0] = seed % 2 == 1  # now and then the first key is hidden, and with small blocks all of the first block
+    hidden[..., 7:14] = hidden[..., 7:14] | (seed % 3 == 0)  # a whole block in the middle
+    hidden.scatter_(2, visible.sum(-1, keepdim=True) - 1, False)  # each query sees itself
     visible = visible & ~hidden
     expected = ExplicitCore()(*inputs, visible)
-    for core in (AbsorbedCore(), ExpandedCore()):
+    for core in CORES:
         torch.testing.assert_close(core(*inputs, visible), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -99,3 +102,16 @@ def test_ragged_rows_do(monkeypatch: pytest.MonkeyPatch) -> None:
     MODEL(ids[:, :1], cache=cache)
     MODEL(ids[:, :1], cache=cache)
     assert not cache.even and masks == [None, (2, 1, 10), (2, 1, 11)]
+
+
+def test_a_long_cache_is_read_in_one_pass() -> None:
+    core = LatentCore(MODEL.config.text)
+    used: list[str] = []
+    for name, part in core.named_children():
+        part.register_forward_hook(lambda *_, name=name: used.append(name))
+    for s in (2048, 2049):
+        generator = torch.Generator().manual_seed(s)
+        shapes = ((1, 1, 5, 10), (1, 1, 5, 6), (1, s, 22), (1, s, 6), (5, 22, 22))
+        inputs = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        torch.testing.assert_close(core(*inputs, None), ExplicitCore()(*inputs, None), rtol=1e-10, atol=1e-10)
+    assert used == ["absorbed", "blockwise"]
