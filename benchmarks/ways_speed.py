@@ -78,7 +78,7 @@ def decode(config: str, context: int) -> Contest:
 def batch(config: str, rows: int, longest: int = 1024) -> Contest:
     """Tokens for rows of ragged lengths, from a sixteenth of the longest to the longest, evenly spread."""
     lengths = [longest // 16 + (longest - longest // 16) * row // max(1, rows - 1) for row in range(rows)]
-    return stepping(config, lengths, steps=4)
+    return stepping(config, lengths, steps=2)
 
 
 def stepping(config: str, lengths: list[int], steps: int) -> Contest:
@@ -117,7 +117,7 @@ def stepping(config: str, lengths: list[int], steps: int) -> Contest:
     )
 
 
-MIXED = [(64, 64), (8, 12), (30, 40), (16, 16), (24, 36), (50, 20), (12, 12), (40, 30)] * 2  # 16 pictures
+MIXED = [(40, 40), (8, 12), (20, 28), (16, 16), (24, 20), (30, 14), (12, 12), (10, 30)] * 2  # 16 pictures
 SMALL = [(4, 6), (6, 4), (2, 8)]
 
 
@@ -132,7 +132,7 @@ class MaskedCore(nn.Module):
 
 
 def vision(config: str, pictures: int) -> Contest:
-    """1: one picture of 64 x 64 patches; 16: pictures of 96 to 4,096 patches. Pixels to visual tokens, projector included."""
+    """1: one picture of 64 x 64 patches; 16: pictures of 96 to 1,600 patches. Pixels to visual tokens, projector included."""
     net = peers.ours(config)
     theirs = peers.Theirs(net)
     grids = SMALL if config == "tiny" else [(64, 64)] if pictures == 1 else (MIXED * pictures)[:pictures]
