@@ -138,7 +138,8 @@ class AbsorbedCore(nn.Module):
     ) -> Tensor:
         queries, n = latent_queries(q_nope, q_rope, up), q_nope.shape[-1]  # (B, H*T, R), (B, H*T, r)
         heads = up.shape[0], q_nope.shape[1]
-        probs = masked_softmax(latent_scores(*queries, latent, k_rope).unflatten(1, heads), visible)  # (B, H, T, S)
+        scores = latent_scores(*queries, latent, k_rope, (n + q_rope.shape[-1]) ** -0.5)  # (B, H*T, S)
+        probs = masked_softmax(scores.unflatten(1, heads), visible)  # (B, H, T, S)
         read = probs.to(latent.dtype).flatten(1, 2) @ latent  # (B, H*T, R)
         return torch.einsum("bhtr,hvr->bthv", read.unflatten(1, heads), up[:, n:])
 
@@ -157,6 +158,7 @@ class BlockwiseCore(nn.Module):
     ) -> Tensor:
         queries, n = latent_queries(q_nope, q_rope, up), q_nope.shape[-1]
         heads, t, s = up.shape[0], q_nope.shape[1], latent.shape[1]
+        scale = (n + q_rope.shape[-1]) ** -0.5
         if visible is None and t > 1:
             visible = torch.ones(t, s, dtype=torch.bool, device=latent.device).tril(s - t)[None]
         wide = torch.promote_types(latent.dtype, torch.float32)
@@ -164,7 +166,7 @@ class BlockwiseCore(nn.Module):
         total, read = torch.zeros_like(top), torch.zeros_like(queries[0], dtype=wide)
         for start in range(0, s, self.block):
             near = slice(start, start + self.block)
-            scores = latent_scores(*queries, latent[:, near], k_rope[:, near]).to(wide)  # (B, H*T, block)
+            scores = latent_scores(*queries, latent[:, near], k_rope[:, near], scale).to(wide)  # (B, H*T, block)
             if visible is not None:
                 scores = hide(scores.unflatten(1, (heads, t)), visible[..., near]).flatten(1, 2)
             higher = torch.maximum(top, scores.amax(-1, keepdim=True))  # finite even where a whole block is hidden
@@ -177,16 +179,16 @@ class BlockwiseCore(nn.Module):
 
 
 def latent_queries(q_nope: Tensor, q_rope: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries as the latents see them, scaled, (B, H*T, R), and their rotary part, (B, H*T, r). All heads share the keys."""
-    scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5
-    q_latent = torch.einsum("bthn,hnr->bhtr", q_nope * scale, up[:, : q_nope.shape[-1]])
-    return q_latent.flatten(1, 2), (q_rope * scale).transpose(1, 2).flatten(1, 2)
+    """Queries as the latents see them, (B, H*T, R), and their rotary part, (B, H*T, r). All heads share the keys."""
+    q_latent = torch.einsum("bthn,hnr->bhtr", q_nope, up[:, : q_nope.shape[-1]])
+    return q_latent.flatten(1, 2), q_rope.transpose(1, 2).flatten(1, 2)
 
 
-def latent_scores(q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+def latent_scores(q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, scale: float) -> Tensor:
     """(B, H*T, S): the keys of all heads are columns of one product, which reads the cache once and as it lies."""
     content = latent @ q_latent.transpose(1, 2)
-    return torch.baddbmm(content, k_rope, q_rope.transpose(1, 2)).transpose(1, 2)
+    # scaled here and not in the queries, which bfloat16 would round once more
+    return torch.baddbmm(content, k_rope, q_rope.transpose(1, 2), beta=scale, alpha=scale).transpose(1, 2)
 
 
 class ExplicitCore(nn.Module):
