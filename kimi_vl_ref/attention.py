@@ -1,9 +1,9 @@
 """Latent attention (MLA). Keys and values are rebuilt from one narrow latent per token, so that is all the cache keeps.
 
-Moonlight report (arXiv 2502.16982) and DeepSeek-V2 (arXiv 2405.04434) section 2.1. Three interchangeable cores compute
-the same thing: `ExpandedCore` rebuilds every key and value, `AbsorbedCore` stays in the latent space, `ExplicitCore`
-shows its probabilities. Letters: B rows, T queries, S keys, H heads, R latent, n/r/v channels (content, rotary,
-value), D stream.
+Moonlight report (arXiv 2502.16982) and DeepSeek-V2 (arXiv 2405.04434) section 2.1. Interchangeable cores compute the
+same thing: `ExpandedCore` rebuilds every key and value, `AbsorbedCore` stays in the latent space, `BlockwiseCore` does so
+in one pass, `ExplicitCore` shows its probabilities. Letters: B rows, T queries, S keys, H heads, R latent, n/r/v channels
+(content, rotary, value), D stream.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from .cache import LatentCache
 from .config import TextConfig
@@ -77,7 +78,8 @@ class Where:
     def __init__(self, positions: Tensor, rotation: Rotation, visible: Tensor | None):
         self.positions = positions  # (B, T), counted from the start of the row
         self.rotation = rotation  # two of (B, T, r/2)
-        self.visible = visible  # (B, T, S) keys a query may see; None: the keys are the queries, causally
+        # (B, T, S) keys a query may see; None: the queries are the last T of the S keys, and see causally
+        self.visible = visible
 
 
 # The signature of a core:
@@ -86,11 +88,11 @@ class Where:
 
 
 class LatentCore(nn.Module):
-    """The cheaper of two equal forms: rebuilding all keys pays only when many queries share them."""
+    """The cheapest of three equal forms: rebuilding all keys pays only when many queries share them."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.expanded, self.absorbed = ExpandedCore(), AbsorbedCore()
+        self.expanded, self.absorbed, self.blockwise = ExpandedCore(), AbsorbedCore(), BlockwiseCore()
         # S keys cost R(n+v) to rebuild each; a query costs 2R+r a key in latent space, n+r+v against rebuilt keys
         n_plus_v = config.qk_nope_head_dim + config.v_head_dim
         saved = 2 * config.kv_lora_rank - n_plus_v
@@ -99,9 +101,11 @@ class LatentCore(nn.Module):
     def forward(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
     ) -> Tensor:
-        # a prefill (visible is None) always expands: it never needs a T x T mask
-        many = visible is None or q_nope.shape[1] > self.queries_worth_expanding
-        core = self.expanded if many else self.absorbed
+        # a prefill from nothing always expands: it then needs no mask at all
+        many = q_nope.shape[1] > min(self.queries_worth_expanding, latent.shape[1] - 1)
+        # one pass pays where a CPU would fetch the cache twice from memory; on a GPU a block is too little work
+        long = latent.shape[1] > 2 * self.blockwise.block and not latent.is_cuda
+        core = self.expanded if many else self.blockwise if long else self.absorbed
         return core(q_nope, q_rope, latent, k_rope, up, visible)
 
 
@@ -116,8 +120,10 @@ class ExpandedCore(nn.Module):
         if v_dim < d:  # the fused kernels want keys and values equally wide
             v = F.pad(v, (0, d - v_dim))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T or S, d)
-        mask = None if visible is None else visible[:, None]
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, scale=d**-0.5)
+        if visible is None:
+            heads = causal_attention(q, k, v)
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
         return heads.transpose(1, 2)[..., :v_dim]
 
 
@@ -130,14 +136,59 @@ class AbsorbedCore(nn.Module):
     def forward(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
     ) -> Tensor:
-        n = q_nope.shape[-1]
+        queries, n = latent_queries(q_nope, q_rope, up), q_nope.shape[-1]  # (B, H*T, R), (B, H*T, r)
+        heads = up.shape[0], q_nope.shape[1]
+        scores = latent_scores(*queries, latent, k_rope, (n + q_rope.shape[-1]) ** -0.5)  # (B, H*T, S)
+        probs = masked_softmax(scores.unflatten(1, heads), visible)  # (B, H, T, S)
+        read = probs.to(latent.dtype).flatten(1, 2) @ latent  # (B, H*T, R)
+        return torch.einsum("bhtr,hvr->bthv", read.unflatten(1, heads), up[:, n:])
+
+
+class BlockwiseCore(nn.Module):
+    """The absorbed form in one pass over a long cache, `block` tokens at a time: each is read while it is near, for its
+    scores and for its share of the sum. A share is rescaled when a later score is higher (online softmax, arXiv 1805.02867).
+    """
+
+    def __init__(self, block: int = 1024):
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        queries, n = latent_queries(q_nope, q_rope, up), q_nope.shape[-1]
+        heads, t, s = up.shape[0], q_nope.shape[1], latent.shape[1]
         scale = (n + q_rope.shape[-1]) ** -0.5
-        q_latent = torch.einsum("bthn,hnr->bhtr", q_nope, up[:, :n])  # (B, H, T, R)
-        content = q_latent @ latent[:, None].transpose(-1, -2)  # (B, H, T, S)
-        position = q_rope.transpose(1, 2) @ k_rope[:, None].transpose(-1, -2)
-        probs = masked_softmax((content + position) * scale, visible)
-        read = probs.to(latent.dtype) @ latent[:, None]  # (B, H, T, R)
+        if visible is None and t > 1:
+            visible = torch.ones(t, s, dtype=torch.bool, device=latent.device).tril(s - t)[None]
+        wide = torch.promote_types(latent.dtype, torch.float32)
+        top = queries[0].new_full((len(latent), heads * t, 1), torch.finfo(wide).min, dtype=wide)
+        total, read = torch.zeros_like(top), torch.zeros_like(queries[0], dtype=wide)
+        for start in range(0, s, self.block):
+            near = slice(start, start + self.block)
+            scores = latent_scores(*queries, latent[:, near], k_rope[:, near], scale).to(wide)  # (B, H*T, block)
+            if visible is not None:
+                scores = hide(scores.unflatten(1, (heads, t)), visible[..., near]).flatten(1, 2)
+            higher = torch.maximum(top, scores.amax(-1, keepdim=True))  # finite even where a whole block is hidden
+            probs, shrink = (scores - higher).exp(), (top - higher).exp()
+            total = total * shrink + probs.sum(-1, keepdim=True)
+            read = read * shrink + probs.to(latent.dtype) @ latent[:, near]
+            top = higher
+        read = (read / total).to(latent.dtype).unflatten(1, (heads, t))
         return torch.einsum("bhtr,hvr->bthv", read, up[:, n:])
+
+
+def latent_queries(q_nope: Tensor, q_rope: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries as the latents see them, (B, H*T, R), and their rotary part, (B, H*T, r). All heads share the keys."""
+    q_latent = torch.einsum("bthn,hnr->bhtr", q_nope, up[:, : q_nope.shape[-1]])
+    return q_latent.flatten(1, 2), q_rope.transpose(1, 2).flatten(1, 2)
+
+
+def latent_scores(q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, scale: float) -> Tensor:
+    """(B, H*T, S): the keys of all heads are columns of one product, which reads the cache once and as it lies."""
+    content = latent @ q_latent.transpose(1, 2)
+    # scaled here and not in the queries, which bfloat16 would round once more
+    return torch.baddbmm(content, k_rope, q_rope.transpose(1, 2), beta=scale, alpha=scale).transpose(1, 2)
 
 
 class ExplicitCore(nn.Module):
@@ -168,11 +219,32 @@ def expand(
     return q, k, v
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
+    """Attention of q (B, H, T, d), the last T of the keys k (B, H, S, d), without a T x S mask; v (B, H, S, d).
+
+    From nothing (T = S), or on a GPU, it is one fused call. Behind a cache on a CPU the queries go in blocks: each sees
+    all keys before it, and the mask is one of `block` rows.
+    """
+    past = k.shape[2] - q.shape[2]
+    if past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+    heads = []
+    for start, part in zip(range(past, k.shape[2], block), q.split(block, dim=2), strict=True):
+        stop = start + part.shape[2]
+        mask = torch.ones(part.shape[2], stop, dtype=torch.bool, device=q.device).tril(start)
+        heads.append(F.scaled_dot_product_attention(part, k[:, :, :stop], v[:, :, :stop], attn_mask=mask))
+    return torch.cat(heads, dim=2)
+
+
 def hide(scores: Tensor, visible: Tensor | None) -> Tensor:
     """Scores (B, H, T, S) with -inf where a query may not look; `visible` as in `Where`."""
     if visible is None:
-        t = scores.shape[-1]
-        visible = torch.ones(t, t, dtype=torch.bool, device=scores.device).tril()[None]
+        t, s = scores.shape[-2:]
+        if t == 1:
+            return scores  # the last token sees everything
+        visible = torch.ones(t, s, dtype=torch.bool, device=scores.device).tril(s - t)[None]
     return scores.masked_fill(~visible[:, None], float("-inf"))
 
 

@@ -20,6 +20,7 @@ class LatentCache:
         self.rank = config.kv_lora_rank
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.filled = 0  # slots in use by the longest row, known without asking the device
+        self.even = True  # every row fills all of them, known in the same way
         empty = torch.empty(batch, 0, self.width, device=device, dtype=dtype)
         self._layers = [empty] * config.num_hidden_layers  # replaced one by one when room is made
 
@@ -47,9 +48,12 @@ class LatentCache:
         slots = store[:, : self.filled + positions.shape[1]]
         return slots[..., : self.rank], slots[..., self.rank :]
 
-    def advance(self, lengths: Tensor, tokens: int) -> None:
-        """After a forward pass of `tokens` columns: row b gained lengths[b] tokens; later columns were padding."""
-        self.lengths = self.lengths + lengths
+    def advance(self, lengths: Tensor | None, tokens: int) -> None:
+        """After a forward pass of `tokens` columns: row b gained lengths[b] tokens (None: all of them); later columns
+        were padding.
+        """
+        self.lengths = self.lengths + (tokens if lengths is None else lengths)
+        self.even = self.even and (lengths is None or bool((lengths == tokens).all()))
         self.filled += tokens
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, where, cache)
         if cache is not None:
-            cache.advance(torch.full_like(cache.lengths, x.shape[1]) if lengths is None else lengths, x.shape[1])
+            cache.advance(lengths, x.shape[1])
         return self.norm(x)
 
     def place(self, x: Tensor, cache: LatentCache | None) -> Where:
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
             cache.make_room(x.shape[1])
             positions = cache.lengths[:, None] + columns
             slots = torch.arange(cache.filled + x.shape[1], device=x.device)
-            visible = None if cache.filled == 0 else slots <= positions[..., None]  # (B, T, S)
+            visible = None if cache.even else slots <= positions[..., None]  # (B, T, S)
         rotation = rotation_1d(positions, self.config.qk_rope_head_dim, self.config.rope_theta, x.dtype)
         return Where(positions, rotation, visible)
 

@@ -126,7 +126,8 @@ class Experts(nn.Module):
         """x (B, T, D), chosen and weights (B, T, K) -> weighted sum of the chosen experts' outputs, (B, T, D)."""
         tokens, top_k = x.flatten(0, -2), chosen.shape[-1]
         order = chosen.flatten().argsort(stable=True)  # slots of the same expert side by side
-        load = torch.bincount(chosen.flatten(), minlength=len(self.gate_up))  # slots each expert serves
+        # slots each expert serves; bincount would make a GPU wait
+        load = chosen.new_zeros(len(self.gate_up)).scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())
         gate, up = grouped_linear(tokens[order // top_k], self.gate_up, load).chunk(2, dim=-1)
         out = grouped_linear(F.silu(gate) * up, self.down, load)  # (B*T*K, D)
         slots = torch.empty_like(out).index_copy(0, order, out).unflatten(0, (-1, top_k))

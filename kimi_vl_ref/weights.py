@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ MODULES = {
     "projector": "multi_modal_projector",
 }
 SEPARATE = re.compile(r"(decoder\.layers\.\d+)\.ffn\.experts\.(\d+)\.(gate|up|down)\.weight")  # experts.py
+MAPPED = 16 << 20  # bytes of a shard that are mapped at a time while it is read
 SELECTION_BIAS = "e_score_correction_bias"  # the one tensor that keeps float32 whatever the model's dtype
 INV_FREQ = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -227,18 +229,33 @@ def read_config(folder: Path) -> KimiVLConfig:
     return KimiVLConfig.from_json(folder / "config.json")
 
 
-def fill_from(folder: Path, fill: Filling) -> None:
-    """Puts every tensor of a folder's shards into place, one at a time."""
+def fill_from(folder: Path, fill: Filling, window: float = MAPPED) -> None:
+    """Puts every tensor of a folder's shards into place, one at a time; `window` as in `stored`."""
     for shard in find_shards(folder):
         try:
-            with safe_open(shard, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118, not a dict
-                    fill.put(name, opened.get_tensor(name), shard.name)
+            for name, tensor in stored(shard, window):
+                fill.put(name, tensor, shard.name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{shard} cannot be read as safetensors ({error}); the download was cut off or the file is another kind"
             ) from None
     fill.finish(str(folder))
+
+
+def stored(shard: Path, window: float) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, in its order. The file is mapped, and what was read of a mapping stays resident
+    until that is closed: so it is opened anew after every `window` bytes.
+    """
+    with safe_open(shard, framework="pt", device="cpu") as opened:
+        names = deque(opened.keys())
+    while names:
+        read = 0
+        with safe_open(shard, framework="pt", device="cpu") as opened:
+            while names and read < window:
+                tensor = opened.get_tensor(name := names.popleft())
+                read += tensor.nbytes
+                yield name, tensor
+                del tensor  # it holds the mapping
 
 
 def find_shards(folder: Path) -> list[Path]:

@@ -194,7 +194,9 @@ def test_blocking_a_few_queries_of_a_long_prompt_needs_no_square() -> None:
 def test_positions_follow_from_what_a_query_sees() -> None:
     visible = torch.arange(9) <= torch.tensor([[3, 4], [7, 8]])[..., None]
     assert query_positions((torch.ones(2, 2, 1, 1), None, None, None, None, visible)).tolist() == [[3, 4], [7, 8]]
-    assert query_positions((torch.ones(1, 3, 1, 1), None, None, None, None, None)).tolist() == [[0, 1, 2]]
+    for keys, expected in ((3, [[0, 1, 2]]), (8, [[5, 6, 7]])):  # without a mask they are the last of the keys
+        inputs = (torch.ones(1, 3, 1, 1), None, torch.ones(1, keys, 1), None, None, None)
+        assert query_positions(inputs).tolist() == expected
 
 
 def test_what_cannot_be_blocked_is_refused_in_a_sentence() -> None:

@@ -178,9 +178,10 @@ def query_positions(inputs: tuple[Any, ...]) -> Tensor:
 
     A query at position p sees p + 1 keys, so nothing more than the core's own inputs is needed.
     """
-    q_nope, _, _, _, _, visible = inputs
+    q_nope, _, latent, _, _, visible = inputs
     if visible is None:
-        return torch.arange(q_nope.shape[1], device=q_nope.device).expand(q_nope.shape[0], -1)
+        before = latent.shape[1] - q_nope.shape[1]
+        return torch.arange(before, latent.shape[1], device=q_nope.device).expand(q_nope.shape[0], -1)
     return visible.sum(-1) - 1
 
 

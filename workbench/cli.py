@@ -245,6 +245,28 @@ def study_train(
     main(out=out, seed=seed, ranks=ranks, save_every=save_every, start=start)
 
 
+@app.command()
+def bench(
+    work: Annotated[str, typer.Argument(help="prefill, decode, batch, vision, memory, load, long, or all")],
+    config: Annotated[str, typer.Option(help="issue (random weights, heads of the released width), study or tiny")] = "issue",
+    size: Annotated[list[int] | None, typer.Option(min=1, help="in place of the usual sizes; repeat it for several")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="alternating rounds of a row")] = 7,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers to this file")] = None,
+    figure: Annotated[Path | None, typer.Option(help="of `long`: draw the time of a token over its context (PNG)")] = None,
+) -> None:
+    """Measure speed and memory beside transformers, ratios side by side, as Markdown tables."""
+    # like `demo`, no import statement: benchmarks stand right of the workbench, and the import test allows this line
+    try:
+        speed = importlib.import_module("benchmarks.speed")
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", "benchmarks.speed"):
+            raise
+        raise ValueError(
+            "the benchmarks are part of the repository and not of an installed package; run this in a checkout of it"
+        ) from None
+    speed.main(work, config, size, rounds, json, figure)
+
+
 @app.command("sites")
 def list_sites(
     glob: Annotated[str | None, typer.Argument(help="such as 'decoder.layers.1.ffn.**'; left out: every site once")] = None,

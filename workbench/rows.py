@@ -49,8 +49,9 @@ def decoder_scores(inputs: tuple[Any, ...], rows: Rows = slice(None)) -> Scores:
     q_latent = torch.einsum(f"bthn,{ups}->bhtr", q_nope * scale, up[..., :n, :])  # (B, H, rows, R)
     content = torch.einsum("bhtr,bsr->bhts", q_latent, latent)
     position = torch.einsum("bthr,bsr->bhts", q_rope * scale, k_rope)
-    if visible is None:  # the keys are the queries, causally
-        seen = (torch.arange(latent.shape[1], device=rows.device) <= rows[:, None])[None, None]
+    if visible is None:  # the queries are the last keys, causally
+        before = latent.shape[1] - inputs[0].shape[1]
+        seen = (torch.arange(latent.shape[1], device=rows.device) <= before + rows[:, None])[None, None]
     else:
         seen = visible[:, rows][:, None]
     return Scores(content, position, seen)
