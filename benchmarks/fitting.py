@@ -1,6 +1,6 @@
 """What fewer bits cost: the study model as it is, in bfloat16, mapped from disk, and with its decoder in 8 and 4 bits.
 
-    python -m benchmarks.fitting --scenes 100                # prints a table of benchmarks/README.md
+    python -m benchmarks.fitting --scenes 100                # prints a table of docs/reliability.md
 
 Right answers are of the same scenes for every way. A choice is flipped where a token, in the prompt or in the answer that
 the model gives as it is, is served by another set of experts. Times are of one answer, in rounds that alternate with the model
