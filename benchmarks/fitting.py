@@ -1,6 +1,6 @@
 """What fewer bits cost: the study model as it is, in bfloat16, mapped from disk, and with its decoder in 8 and 4 bits.
 
-    python -m benchmarks.fitting --scenes 100                # prints a table of benchmarks/README.md
+    python -m benchmarks.fitting --scenes 100                # prints a table of docs/reliability.md
 
 Right answers are of the same scenes for every way. A choice is flipped where a token, in the prompt or in the answer that
 the model gives as it is, is served by another set of experts. Times are of one answer, in rounds that alternate with the model
@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fitting")
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="some of the ways")
     given = parser.parse_args()
     _, chat = load("study")
     whole = WAYS["float32"]()
@@ -71,8 +72,8 @@ def main() -> None:
     shares = " | ".join(f"{family}, % right" for family in FAMILIES)
     print(f"| way | MB held | {shares} | choices flipped | time of an answer |")
     print("|---" * (4 + len(FAMILIES)) + "|")
-    for name, make_model in WAYS.items():
-        model = make_model()
+    for name in given.only:
+        model = WAYS[name]()
         with torch.inference_mode():
             right = {family: count_right(pairs[family], ask(model, chat, pairs[family])) for family in FAMILIES}
         other = choices(model, chat, written)
