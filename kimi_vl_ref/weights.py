@@ -225,7 +225,8 @@ def load_checkpoint(
                     fill.put(name, opened.get_tensor(name), shard.name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"{shard} cannot be read as safetensors ({short(error, 120)}); the download was cut off or the file is another kind, fetch it again"
+                f"{shard} cannot be read as safetensors ({short(error, 120)}); "
+                "the download was cut off or the file is another kind, fetch it again"
             ) from None
     fill.finish(str(folder))
     return model

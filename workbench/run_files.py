@@ -92,4 +92,6 @@ def digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
 
 def reason(error: BaseException) -> str:
     """An error of a library as half a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0].rstrip(".;")
