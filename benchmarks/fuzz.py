@@ -137,8 +137,9 @@ def main() -> None:
             sys.exit(done.stderr[-2000:])
         found = json.loads((folder / "found.json").read_text())
         first = re.search(r"INITED cov: (\d+)", done.stderr)
-        print(f"{found['tried']:,} files in {given.minutes:g} minutes: {found['refused']:,} refused, {found['loaded']:,} loaded;")
-        print(f"edges reached: {first[1] if first else '?'} by the seeds, {edges[-1] if edges else '?'} in the end; exit {done.returncode}")
+        counts = f"{found['refused']:,} refused, {found['loaded']:,} loaded"
+        print(f"{found['tried']:,} files in {given.minutes:g} minutes: {counts}; exit {done.returncode}")
+        print(f"edges reached: {first[1] if first else '?'} by the seeds, {edges[-1] if edges else '?'} in the end")
         print(f"crashes: {len(found['crashes'])}")
         print("\n".join(found["crashes"]))
 

@@ -523,5 +523,6 @@ def _end_tokens(path: Path, vocab_size: int) -> frozenset[int]:
     ids = named if isinstance(named, list) else [] if named is None else [named]
     for id in ids:
         if type(id) is not int or not 0 <= id < vocab_size:
-            raise TokenizerError(f"{path}: eos_token_id={shown(named)} should be token ids from 0 to {vocab_size - 1}; fetch it again")
+            wanted = f"token ids from 0 to {vocab_size - 1}"
+            raise TokenizerError(f"{path}: eos_token_id={shown(named)} should be {wanted}; fetch it again")
     return frozenset(ids)

@@ -15,7 +15,6 @@ from typing import Any
 
 from .told import short, shown
 
-
 LARGEST = 1 << 30  # of any size; what is larger is damage, and would fail in the middle of making a tensor
 MOST_LAYERS = 1024
 

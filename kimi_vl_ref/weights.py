@@ -209,12 +209,13 @@ def load_checkpoint(
         raise CheckpointError(f"{folder} is not a folder; give a checkpoint folder in the released layout, or 'study'")
     config = KimiVLConfig.from_json(folder / "config.json")
     shards = find_shards(folder)
-    dtype = dtype or getattr(torch, config.torch_dtype)
+    stored: torch.dtype = getattr(torch, config.torch_dtype)
     try:
-        model = empty_model(config, device, dtype)
+        model = empty_model(config, device, dtype or stored)
     except (RuntimeError, TypeError, MemoryError) as error:  # OutOfMemoryError is a RuntimeError
+        name = str(dtype or stored).removeprefix("torch.")
         raise CheckpointError(
-            f"{folder} asks for more memory in {str(dtype).removeprefix('torch.')} than {device} has ({short(error)}); "
+            f"{folder} asks for more memory in {name} than {device} has ({short(error)}); "
             "free some or load it in a smaller dtype, or fetch config.json again if its sizes are wrong"
         ) from None
     fill = Filling(model)

@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 
 from demos.acts import ACTS, Asked
 from demos.desk import Desk
-from demos.page import Page
+from demos.page import SIZES, Page
 from demos.session import Session
 from kimi_vl_ref import TINY, KimiVL, checkpoint_folder, load_checkpoint, save_checkpoint
 from kimi_vl_ref.chat import Chat, Tokenizer
@@ -95,7 +95,7 @@ PICTURES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a TIFF cut off": (lambda: encoded(picture(60, 60), "TIFF")[:-5000], "damaged or cut off"),
     "a GIF of 65,535 x 65,535": (
-        lambda: b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b"," + struct.pack("<HHHH", 0, 0, 65535, 65535) + b"\0\2;",
+        lambda: b"GIF89a" + struct.pack("<HHBBBxHHHH", 65535, 65535, 0, 0, 44, 0, 0, 65535, 65535) + b"\0\2;",
         "over the limit",
     ),
     "an icon that holds a larger picture": (lambda: icon_with(encoded(Image.new("1", (9000, 9000)))), "over the limit"),
@@ -175,8 +175,11 @@ def test_a_processor_file_that_makes_no_sense(key: str, value: Any, tmp_path: Pa
     sentence_of(caught.value, str(file), key)
 
 
+BOMBS = {"lists": "[" * 100_000, "objects": '{"a":' * 100_000, "digits": "9" * 5000, "half a character": "\ud800"}
+
+
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer_config.json", "generation_config.json"])
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\ud800"], ids=["lists", "objects", "digits", "half"])
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
 def test_a_json_bomb_beside_the_weights(name: str, text: str, tmp_path: Path) -> None:
     tiny_chat().tokenizer.save(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
@@ -265,7 +268,8 @@ def test_a_safetensors_header_that_lies(name: str, folder: Path) -> None:
     shard = folder / "model.safetensors"
     header, body = parts_of(shard)
     told = HEADERS[name](header)
-    put_together(shard, *((told[0], body, told[1]) if isinstance(told, tuple) else (told, body)))
+    told, size = told if isinstance(told, tuple) else (told, None)
+    put_together(shard, told, body, size)
     refused(folder, "model.safetensors" if told else str(folder))
 
 
@@ -465,8 +469,8 @@ def test_a_run_file_that_claims_eight_terabytes(run: Run, tmp_path: Path) -> Non
     file = tmp_path / "one.run"
     run.save(file)
     size = 8 * 10**12
-    header = {"__metadata__": parts_of(file)[0]["__metadata__"], "a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
-    put_together(file, header, b"")
+    header, array = parts_of(file)[0], {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    put_together(file, {"__metadata__": header["__metadata__"], "a": array}, b"")
     try:
         os.truncate(file, file.stat().st_size + size)
     except OSError:
@@ -558,6 +562,7 @@ def test_a_bad_command(command: str, says: str, tmp_path: Path, capsys: pytest.C
 
 # --- the page ------------------------------------------------------------------------------------------------------------
 
+ANY = next(iter(SIZES))
 ANNA: Any = SimpleNamespace(session_hash="anna")
 
 
@@ -573,7 +578,8 @@ def made() -> Iterator[Page]:
 
 def ask(page: Page, text: Any = "count the circles", *settings: Any) -> list[Any]:
     with torch.inference_mode():
-        return list(page.ask(text, *(settings or (0.0, -1, 4, 0)), ANNA))
+        chosen: Any = settings or (0.0, -1, 4, 0)
+        return list(page.ask(text, *chosen, request=ANNA))
 
 
 def event(data: Any) -> Any:
@@ -643,7 +649,7 @@ def test_pictures_that_are_not_there_are_left_alone(data: Any, made: Page) -> No
 
 @pytest.mark.parametrize(
     ("family", "seed", "size"),
-    [("nope", 0, "any, up to 8 things"), ("count", 0, "enormous"), ("count", "x", "any, up to 8 things"), ("count", 1e300, "any, up to 8 things")],
+    [("nope", 0, ANY), ("count", 0, "enormous"), ("count", "x", ANY), ("count", 1e300, ANY), ("count", float("nan"), ANY)],
 )
 def test_a_scene_that_cannot_be_drawn(family: str, seed: Any, size: str, made: Page) -> None:
     with pytest.raises(gr.Error) as caught:
@@ -683,8 +689,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
+NAMES = "first last position picture patch step how text changes seed count id path name budgets answer layer".split()
 ARGUMENTS = st.dictionaries(
-    st.sampled_from("first last position picture patch step how text changes seed count id path name budgets answer layer".split()),
+    st.sampled_from(NAMES),
     JSON | st.integers(-3, 60),
     max_size=6,
 )

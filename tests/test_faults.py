@@ -86,7 +86,7 @@ print(len(seen))
 
 
 @pytest.mark.parametrize(("seed", "shard"), [(0, 100_000), (1, 30_000), (2, 10**9)])
-def test_a_kill_while_a_checkpoint_is_saved_leaves_the_earlier_weights_or_the_new_ones(seed: int, shard: int, tmp_path: Path) -> None:
+def test_a_kill_while_weights_are_saved_leaves_the_earlier_or_the_new_ones(seed: int, shard: int, tmp_path: Path) -> None:
     assert int(in_a_process(CHECKPOINTS, tmp_path, seed, shard)) > 1  # some saves came to their end
     left = {file.name for file in tmp_path.iterdir() if not file.name.endswith(".part")}
     assert {"config.json"} < left
@@ -101,7 +101,7 @@ from tiny import picture, question, talking_model, tiny_chat
 from workbench.runs import Run, record
 random.seed(int(sys.argv[2]))
 path = Path(sys.argv[1]) / "one.run"
-*_, run = record(talking_model(), tiny_chat(), question("count the circles", picture(280, 280)), model_name="t", max_new_tokens=2)
+*_, run = record(talking_model(), tiny_chat(), question("count", picture(280, 280)), model_name="t", max_new_tokens=2)
 
 def saves():
     for number in range(1000):
@@ -222,7 +222,7 @@ for tensor in model.state_dict().values():
     tensor.fill_(1)
 save_checkpoint(model, here / "single")
 save_checkpoint(model, here / "several", max_shard_bytes=100_000)
-*_, run = record(talking_model(), tiny_chat(), question("count the circles", picture(280, 280)), model_name="t", max_new_tokens=2)
+*_, run = record(talking_model(), tiny_chat(), question("count", picture(280, 280)), model_name="t", max_new_tokens=2)
 run.save(here / "one.run")
 before = all_files()
 lines = {"setup": "__main__:prepare", "work": "__main__:measure", "path": here / "sweep.jsonl", "workers": 1, "progress": False}
@@ -275,8 +275,8 @@ def test_a_page_without_room_for_files_shows_the_answer_all_the_same(made: Page,
 # --- a full memory -------------------------------------------------------------------------------------------------------
 
 NO_MEMORY: dict[str, BaseException] = {
-    "a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.\nSee more"),
-    "a CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    "a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 79 GiB."),
+    "a CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
     "a CPU, otherwise": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     "Python": MemoryError(),
 }
@@ -312,7 +312,7 @@ def test_a_panel_without_memory_says_the_remedy_and_the_page_lives_on(name: str,
 
 
 @pytest.mark.parametrize("name", NO_MEMORY)
-def test_a_command_without_memory_says_the_remedy(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_without_memory_says_the_remedy(name: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr("kimi_vl_ref.load", breaks(NO_MEMORY[name]))
     assert cli.main(["chat", "hello"]) == 2
     err = capsys.readouterr().err
@@ -320,4 +320,5 @@ def test_a_command_without_memory_says_the_remedy(name: str, monkeypatch: pytest
 
 
 def test_other_faults_are_not_taken_for_a_full_memory() -> None:
-    assert not any(map(ran_out, (RuntimeError("shapes differ"), ValueError("out of memory cards"), OSError(28, "No space left"))))
+    others = RuntimeError("shapes differ"), ValueError("out of memory cards"), OSError(28, "No space left")
+    assert not any(map(ran_out, others))

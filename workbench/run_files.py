@@ -74,7 +74,8 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     except RunError:
         raise
     except (SafetensorError, OSError, MemoryError) as error:
-        raise RunError(f"{path} is cut off, damaged or not a run ({short(reason(error), 120)}); copy or record it again") from error
+        why = short(reason(error), 120)
+        raise RunError(f"{path} is cut off, damaged or not a run ({why}); copy or record it again") from error
     if digest(metadata["kimi_vl_run"], arrays) != metadata["sha256"]:
         raise RunError(f"{path} is damaged: its contents do not match its checksum; copy or record it again")
     return metadata["kimi_vl_run"], arrays

@@ -196,7 +196,7 @@ class Run:
 
 
 _STORY = [one.name for one in fields(Run) if one.name not in ARRAYS and one.name != "pictures"]
-_JSON = {"str": str, "int": int, "bool": bool, "int | None": int | None, "list": list, "dict": dict}  # what fields are annotated
+_JSON: dict[str, Any] = {"str": str, "int": int, "bool": bool, "int | None": int | None, "list": list, "dict": dict}
 
 
 def _check_story(parts: Mapping[str, Any]) -> None:
@@ -205,9 +205,10 @@ def _check_story(parts: Mapping[str, Any]) -> None:
         outer, _, inner = str(one.type).rstrip("]").partition("[")
         if one.name not in _STORY or one.name not in parts:
             continue
-        value, within = parts[one.name], _JSON.get(inner.partition("[")[0]) if outer == "list" else None
+        value: Any = parts[one.name]
         fits = isinstance(value, _JSON[outer]) and (outer != "int" or not isinstance(value, bool))
-        if not fits or within is not None and not all(isinstance(item, within) for item in value):
+        items: list[Any] = value if fits and outer == "list" else []
+        if not fits or not all(isinstance(item, _JSON[inner.partition("[")[0]]) for item in items):
             raise ValueError(f"{one.name} is {shown(value)}, where {one.type} belongs")
     if not all(isinstance(value, str) for name in ("versions", "kept") for value in parts.get(name, {}).values()):
         raise ValueError("versions and kept should name texts")
@@ -222,7 +223,8 @@ def _check_geometry(picture: Picture, number: int) -> None:
         raise ValueError(f"the geometry of picture {number} is not whole numbers")
     positive = min(*grid.original, *grid.resized, *grid.grid, grid.patch_size, grid.merge) > 0 and min(grid.offset) >= 0
     if not positive or any(side % grid.merge for side in grid.grid) or picture.image.size not in (grid.original, grid.resized):
-        raise ValueError(f"the geometry of picture {number} does not fit its {picture.image.width} x {picture.image.height} pixels")
+        width, height = picture.image.size
+        raise ValueError(f"the geometry of picture {number} does not fit its {width} x {height} pixels")
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ class _Journal:
             whole = self.file.write(line) == len(line)
             os.fsync(self.file.fileno())
         except OSError as error:
-            raise SweepError(f"{self.path} could not be written ({error.strerror}); make room on the disk and run again") from error
+            why = error.strerror
+            raise SweepError(f"{self.path} could not be written ({why}); make room on the disk and run again") from error
         if not whole:
             raise SweepError(f"{self.path} could not be written to its end; make room on the disk and run again")
 
