@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +323,27 @@ def test_a_command_without_memory_says_the_remedy(name: str, monkeypatch, capsys
 def test_other_faults_are_not_taken_for_a_full_memory() -> None:
     others = RuntimeError("shapes differ"), ValueError("out of memory cards"), OSError(28, "No space left")
     assert not any(map(ran_out, others))
+
+
+# --- waiting -------------------------------------------------------------------------------------------------------------
+
+
+def test_visitors_are_served_in_the_order_in_which_they_came_and_who_leaves_is_passed_over(made: Page) -> None:
+    """A lock alone would be taken by whoever asks at the right moment, and somebody could wait for ever."""
+    session, served = made.session, []
+
+    def work(name: str) -> Any:
+        def run(_stop: object) -> Iterator[str]:
+            served.append(name)
+            yield name
+
+        return session.serve(name, run)
+
+    first, *others = [work(name) for name in ("anna", "ben", "carl", "dora")]
+    assert next(first) == "anna"
+    assert [next(one) for one in others] == [None, None, None]
+    others[1].close()  # carl leaves while he waits
+    assert list(first) == []
+    assert next(others[2]) is None  # ben came before
+    assert next(others[0]) == "ben" and list(others[0]) == []
+    assert next(others[2]) == "dora" and served == ["anna", "ben", "dora"]

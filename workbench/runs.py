@@ -205,10 +205,11 @@ def _check_story(parts: Mapping[str, Any]) -> None:
         outer, _, inner = str(one.type).rstrip("]").partition("[")
         if one.name not in _STORY or one.name not in parts:
             continue
-        value: Any = parts[one.name]
-        fits = isinstance(value, _JSON[outer]) and (outer != "int" or not isinstance(value, bool))
-        items: list[Any] = value if fits and outer == "list" else []
-        if not fits or not all(isinstance(item, _JSON[inner.partition("[")[0]]) for item in items):
+        value = parts[one.name]
+        fits = type(value) is not bool if outer == "int" else True
+        items = value if isinstance(value, list) and outer == "list" else []
+        within = _JSON[inner.partition("[")[0]] if outer == "list" else object
+        if not fits or not isinstance(value, _JSON[outer]) or not all(isinstance(item, within) for item in items):
             raise ValueError(f"{one.name} is {shown(value)}, where {one.type} belongs")
     if not all(isinstance(value, str) for name in ("versions", "kept") for value in parts.get(name, {}).values()):
         raise ValueError("versions and kept should name texts")
