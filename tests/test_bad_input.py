@@ -95,7 +95,7 @@ PICTURES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a TIFF cut off": (lambda: encoded(picture(60, 60), "TIFF")[:-5000], "damaged or cut off"),
     "a GIF of 65,535 x 65,535": (
-        lambda: b"GIF89a" + struct.pack("<HHBBBxHHHH", 65535, 65535, 0, 0, 44, 0, 0, 65535, 65535) + b"\0\2;",
+        lambda: b"GIF89a" + struct.pack("<HHBBBBHHHH", 65535, 65535, 0, 0, 0, 44, 0, 0, 65535, 65535) + b"\0\2;",
         "over the limit",
     ),
     "an icon that holds a larger picture": (lambda: icon_with(encoded(Image.new("1", (9000, 9000)))), "over the limit"),
