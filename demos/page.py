@@ -16,6 +16,8 @@ import gradio as gr
 
 from kimi_vl_ref import Reply
 from kimi_vl_ref.images import ImageError, Picture
+from kimi_vl_ref.told import short, shown
+from workbench.memory import ran_out
 from workbench.runs import Run
 from workbench.study.families import Question, make
 from workbench.study.scenes import Scene
@@ -37,6 +39,8 @@ SIZES = {
     "up to 112 px, 2 things": "first",
 }
 LARGEST_SEED = 2**31 - 1
+LONGEST_QUESTION = 100_000  # characters, all of which are made tokens before the model says that they are too many
+LONGEST_REPLY = 2048  # tokens
 FRAME = 0.05  # seconds between two updates of a text that is being written
 
 
@@ -61,13 +65,35 @@ def sentence(error: Exception) -> str:
     return text[0].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
+NO_MEMORY = "Memory ran out while the model worked; ask about fewer or smaller pictures, or for a shorter reply."
+
+
+def number(value: Any, name: str, low: float, high: float) -> float:
+    """A setting as it came from a browser. Raises ValueError for what is no number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}; choose a number from {low:g} to {high:g}")
+    return value
+
+
 def toast(error: Exception, more: str = "") -> gr.Error:
     """One sentence for the visitor. What is no fault of theirs also leaves its traceback in the terminal."""
+    if ran_out(error):
+        return gr.Error(NO_MEMORY, title="It failed")
     if isinstance(error, ImageError):
         return gr.Error(sentence(error) + more, title="This picture cannot be used", print_exception=False)
     if isinstance(error, ValueError):
         return gr.Error(sentence(error) + more, title="This cannot be done", print_exception=False)
     return gr.Error(f"The model could not answer: {sentence(error)} Ask again, or try a smaller picture.", title="It failed")
+
+
+def _told(event: gr.EventData) -> dict[str, Any]:
+    """What an event of ours carries; nothing where it carries something else."""
+    return event._data if isinstance(event._data, dict) else {}
+
+
+def _list(asked: dict[str, Any], name: str) -> list[Any]:
+    found = asked.get(name)
+    return found if isinstance(found, list) else []
 
 
 class Page:
@@ -86,8 +112,11 @@ class Page:
 
     def draw(self, family: str, seed: float | None, size: str, request: gr.Request) -> tuple[Any, ...]:
         """Draws a scene in place of the pictures that were there: (tray, turns, again button, question)."""
-        drawn = family, min(abs(int(seed or 0)), LARGEST_SEED), SIZES[size]
         try:
+            if size not in SIZES:
+                raise ValueError(f"the size {shown(size)} is unknown; choose one of the list")
+            drawn = family, int(number(seed or 0, "the scene seed", -LARGEST_SEED, LARGEST_SEED)), SIZES[size]
+            drawn = drawn[0], abs(drawn[1]), drawn[2]
             desk, question = self._drawn(drawn)
         except ValueError as error:
             raise toast(error) from error
@@ -106,23 +135,25 @@ class Page:
         """Adds, moves or removes pictures: (tray, turns, again button). Of several files the good ones are kept, and one
         sentence tells of the others.
         """
-        visitor, asked = str(request.session_hash), event._data
+        visitor, asked = str(request.session_hash), _told(event)
         found: list[Picture] = []
         refused: list[Exception] = []
-        for name in asked.get("failed", ()):
-            refused.append(ValueError(f"the file {name} could not be uploaded; choose a file of at most 32 MB"))
-        for file in asked.get("files", ()):
+        for name in _list(asked, "failed"):
+            refused.append(ValueError(f"the file {short(name)} could not be uploaded; choose a file of at most 32 MB"))
+        for file in _list(asked, "files"):
             try:
                 found.append(self.session.picture(uploaded(file["path"])))
             except Exception as error:
                 refused.append(error)
         changes: dict[str, Callable[[Desk], Desk]] = {
             "add": lambda desk: desk.add(found) if found else desk,
-            "remove": lambda desk: desk.remove(asked["id"]),
-            "move": lambda desk: desk.move(asked["id"], asked["by"]),
+            "remove": lambda desk: desk.remove(asked.get("id", "")),
+            "move": lambda desk: desk.move(asked.get("id", ""), asked.get("by", 0)),
         }
         try:
-            yield self._shown(self.desks.change(visitor, changes[asked["what"]]))
+            if (what := str(asked.get("what"))) not in changes:
+                raise ValueError(f"pictures can be added, moved and removed, not {shown(what)}; load the page again")
+            yield self._shown(self.desks.change(visitor, changes[what]))
         except ValueError as error:
             yield self._shown(self.desks.get(visitor))
             refused.append(error)
@@ -144,17 +175,21 @@ class Page:
         same = gr.skip(), gr.skip(), gr.skip()
         working = gr.Button(interactive=False), gr.Button(interactive=True), *same
         idle = gr.Button(interactive=True), gr.Button(interactive=False)
-        visitor, question = str(request.session_hash), question.strip()
+        visitor = str(request.session_hash)
         desk = self.desks.get(visitor)
         try:
+            question = str(question or "").strip()
+            if len(question) > LONGEST_QUESTION:
+                raise ValueError(f"the question has {len(question):,} characters; ask in at most {LONGEST_QUESTION:,}")
+            limit = int(number(budget, "the thought budget", -1, LONGEST_REPLY))
             messages = desk.asking(question)
             answering = self.session.answer(
                 visitor,
                 messages,
-                temperature=float(temperature),
-                thought_budget=None if budget < 0 else budget,
-                max_new_tokens=int(longest),
-                seed=int(seed or 0),
+                temperature=float(number(temperature, "the temperature", 0, 10)),
+                thought_budget=None if limit < 0 else limit,
+                max_new_tokens=int(number(longest, "the longest reply", 1, LONGEST_REPLY)),
+                seed=int(number(seed or 0, "the sampling seed", 0, LARGEST_SEED)),
             )
             so_far = self._so_far(desk.pictures, question, "Reading the picture and the question…")
             yield so_far, *working
@@ -203,8 +238,13 @@ class Page:
     def _keep(self, shown: dict[str, Any], name: str | None = None) -> gr.DownloadButton:
         """The button with the run as a file. Gradio copies the file at once, so that a few places are enough for all."""
         file = Path(self._folder.name) / (name or f"{next(self._kept) % 32}") / "kimi-vl-run.html"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(standalone(shown), encoding="utf-8")
+        try:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(standalone(shown), encoding="utf-8")
+        except OSError as error:  # a full disk: the answer is shown all the same
+            why = error.strerror or error
+            gr.Warning(f"No file of this run could be made ({why}); tell whoever runs the page to make room on its disk.")
+            return gr.DownloadButton(interactive=False)
         return gr.DownloadButton(value=file, interactive=True)
 
     @cached_property
@@ -239,24 +279,27 @@ class Page:
 
         "stop" ends what the same visitor asked before, whose own last result says what came of it.
         """
-        visitor, asked = str(request.session_hash), event._data
-        if asked["name"] == "stop":
+        visitor, asked = str(request.session_hash), _told(event)
+        name, args = str(asked.get("name")), asked.get("args")
+        if name == "stop":
             self.session.stop(visitor)
             yield gr.skip()
             return
-        result = {"kind": "result", "id": asked["id"]}
+        result = {"kind": "result", "id": asked.get("id")}
         try:
-            run, drawn = self.shelf.get(visitor, asked["run"])
+            if name not in ACTS or not isinstance(args, dict):
+                raise ValueError(f"the page knows no {shown(name)} with {shown(args)}; load it again")
+            run, drawn = self.shelf.get(visitor, str(asked.get("run")))
 
             def work(should_stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
                 keep = lambda new: self.shelf.put(visitor, new, drawn)  # noqa: E731
                 check = lambda answer: truth(drawn, run.pictures, run.question, answer)  # noqa: E731
                 shelf, view = lambda: self.shelf.own(visitor), lambda id: self._view(visitor, id)
-                known = Asked(self.session, run, asked["args"], should_stop, keep, check, shelf, view)
-                yield from ACTS[asked["name"]](known)
+                known = Asked(self.session, run, args, should_stop, keep, check, shelf, view)
+                yield from ACTS[name](known)
 
             last: dict[str, Any] = {}
-            serve = self.session.beside if asked["name"] in WITHOUT_MODEL else self.session.serve
+            serve = self.session.beside if name in WITHOUT_MODEL else self.session.serve
             for data in serve(visitor, work):
                 last = {"note": "Waiting while somebody else is being answered…"} if data is None else data
                 yield result | {"data": last, "done": False}
@@ -264,7 +307,7 @@ class Page:
         except ValueError as error:
             yield result | {"error": sentence(error)}
         except Exception as error:
-            yield result | {"error": "It failed. The terminal of the page says why."}
+            yield result | {"error": NO_MEMORY if ran_out(error) else "It failed. The terminal of the page says why."}
             raise toast(error) from error
 
     def stop(self, request: gr.Request) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ class Session:
         millions = parameters(model.config) / 1e6  # of the model, however few bits it is kept in
         size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
         self.model_name = f"{name}, {size} parameters"
-        self._busy = threading.Lock()
+        self._line: deque[object] = deque()  # who is served, then who waits, in the order in which they came
+        self._moved = threading.Condition()
         self._asking: dict[str, threading.Event] = {}  # visitor -> to be set when what they asked last should stop
         self._beside: dict[str, threading.Event] = {}  # the same for what needs no model
 
@@ -76,20 +78,30 @@ class Session:
         yield from self.serve(visitor, recorded)
 
     def serve(self, visitor: str, work: Callable[[Callable[[], bool]], Iterator[T]]) -> Iterator[T | None]:
-        """Does work that needs the model: yields None while others are served, then what the work yields.
+        """Does work that needs the model: yields None while those who came before are served, then what the work yields.
 
         `work` is given should_stop(). Whatever the same visitor wanted before is stopped.
         """
         self.stop(visitor)
         with _stoppable(self._asking, visitor) as stopped:
-            while not self._busy.acquire(timeout=0.2):
-                if stopped.is_set():
-                    return
-                yield None
+            me = object()
+            with self._moved:
+                self._line.append(me)
             try:
+                while not self._first(me):
+                    if stopped.is_set():
+                        return
+                    yield None
                 yield from work(stopped.is_set)
             finally:  # also when the visitor has left and this generator is dropped
-                self._busy.release()
+                with self._moved:
+                    self._line.remove(me)
+                    self._moved.notify_all()
+
+    def _first(self, me: object) -> bool:
+        """Whether it is this one's turn, after waiting for it a moment."""
+        with self._moved:
+            return self._moved.wait_for(lambda: self._line[0] is me, timeout=0.2)
 
     def beside(self, visitor: str, work: Callable[[Callable[[], bool]], Iterator[T]]) -> Iterator[T]:
         """Does work that needs no model: at once, whoever is being answered. `stop` ends it too."""

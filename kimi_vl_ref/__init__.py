@@ -69,8 +69,13 @@ def checkpoint_folder(source: str | Path) -> Path:
     """Where a checkpoint lies: a folder as given, or the study model's, which is found beside the package, not
     imported.
     """
+    if not str(source):
+        raise CheckpointError("the name of the model is empty; give a checkpoint folder, or 'study'")
     if source != "study":
-        return Path(source).expanduser()
+        try:
+            return Path(source).expanduser()
+        except RuntimeError as error:
+            raise CheckpointError(f"{source} has no home folder to start from; give the whole path") from error
     workbench = find_spec("workbench")
     if workbench is None or workbench.origin is None:
         raise CheckpointError(

@@ -23,6 +23,7 @@ from torch import Tensor
 from .config import KimiVLConfig, read_json
 from .images import ImageProcessor, Picture
 from .thought import CLOSE_THOUGHT, OPEN_THOUGHT
+from .told import short, shown
 
 DEFAULT_SYSTEM = "You are a helpful assistant"  # without a full stop, as in the released template
 ROLES = {"system": "<|im_system|>", "user": "<|im_user|>", "assistant": "<|im_assistant|>"}
@@ -83,7 +84,7 @@ class Tokenizer:
         outside = [id for id in names if not base <= id < base + SPECIAL_SLOTS]
         if outside:
             raise TokenizerError(
-                f"special token {names[outside[0]]!r} has id {outside[0]}, but special ids are {base} to "
+                f"special token {shown(names[outside[0]])} has id {outside[0]}, but special ids are {base} to "
                 f"{base + SPECIAL_SLOTS - 1} after {base} ranks; take both tokenizer files from the same release"
             )
         self.named = dict(sorted(names.items()))
@@ -93,7 +94,7 @@ class Tokenizer:
         if len(self.special) < SPECIAL_SLOTS:
             seen: set[str] = set()
             twice = next(name for name in self.special_names.values() if name in seen or seen.add(name))
-            raise TokenizerError(f"special token {twice!r} is named for two ids; give every special token its own name")
+            raise TokenizerError(f"special token {shown(twice)} is named for two ids; give every special token its own name")
         self.vocab_size = base + SPECIAL_SLOTS
         self._encoding = tiktoken.Encoding(
             "kimi-vl", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special
@@ -427,16 +428,16 @@ def _read_tokenizer_config(path: Path, base: int) -> tuple[dict[int, str], str]:
         reason = error.strerror or error
         raise TokenizerError(f"cannot read {path} ({reason}); a checkpoint folder needs this file") from error
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+        raise TokenizerError(f"{path} is not valid JSON ({short(error)}); fetch the file again") from error
     entries = data.get("added_tokens_decoder") if isinstance(data, dict) else None
     if not isinstance(entries, dict):
         raise TokenizerError(f"{path}: added_tokens_decoder, the names of special tokens, is missing; fetch it again")
     names: dict[int, str] = {}
     for key, entry in entries.items():
         name = entry.get("content") if isinstance(entry, dict) else None
-        if not key.isdecimal() or not isinstance(name, str) or not name:
+        if not key.isdecimal() or len(key) > 9 or not isinstance(name, str) or not name:
             raise TokenizerError(
-                f'{path}: added_tokens_decoder entry {key!r} is not an id with a "content"; fetch the file again'
+                f'{path}: added_tokens_decoder entry {shown(key)} is not an id with a "content"; fetch the file again'
             )
         # The released wrapper declares two slots past the end of the embedding; nothing can ever produce them.
         if int(key) not in (base + SPECIAL_SLOTS, base + SPECIAL_SLOTS + 1):
@@ -473,7 +474,7 @@ def _turns(messages: Any) -> list[tuple[str, Mapping[str, Any]]]:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise ValueError(f'message {at} is not a dictionary with "role" and "content"; write it as such')
         if not isinstance(message["role"], str) or message["role"] not in ROLES:
-            raise ValueError(f"message {at} has the unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
+            raise ValueError(f"message {at} has the unknown role {shown(message['role'])}; use one of {', '.join(ROLES)}")
         turns.append((message["role"], message))
     return turns
 
@@ -507,7 +508,7 @@ def _element(element: Any, at: int) -> tuple[str, Any]:
             raise ValueError(f'message {at} has a text element without a text; give it as "text"')
         return "text", element["text"]
     if kind not in ("image", "image_url"):
-        raise ValueError(f'message {at} has an element of unknown type {kind!r}; use "text" or "image"')
+        raise ValueError(f'message {at} has an element of unknown type {shown(kind)}; use "text" or "image"')
     source = element.get("image", element.get("image_url"))
     if isinstance(source, Mapping):  # {"image_url": {"url": "data:..."}}
         source = source.get("url")
@@ -522,5 +523,6 @@ def _end_tokens(path: Path, vocab_size: int) -> frozenset[int]:
     ids = named if isinstance(named, list) else [] if named is None else [named]
     for id in ids:
         if type(id) is not int or not 0 <= id < vocab_size:
-            raise TokenizerError(f"{path}: eos_token_id={named!r} should be token ids from 0 to {vocab_size - 1}")
+            wanted = f"token ids from 0 to {vocab_size - 1}"
+            raise TokenizerError(f"{path}: eos_token_id={shown(named)} should be {wanted}; fetch it again")
     return frozenset(ids)

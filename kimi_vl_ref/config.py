@@ -9,10 +9,14 @@ channels) and hide axis mistakes.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from .told import short, shown
+
+LARGEST = 1 << 30  # of any size; what is larger is damage, and would fail in the middle of making a tensor
+MOST_LAYERS = 1024
 
 
 class ConfigError(ValueError):
@@ -190,7 +194,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{path} nests too deeply to be a configuration; fetch it again") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch it again or mend it") from None
+        raise ConfigError(f"{path} is not valid JSON ({short(error)}); fetch it again or mend it") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object with named fields")
     return data
@@ -200,9 +204,17 @@ def _refuse_unknown(data: dict[str, Any], implemented: dict[str, tuple[Any, ...]
     for key, allowed in implemented.items():
         if key in data and not any(data[key] is v or (data[key] == v and v is not None) for v in allowed):
             raise ConfigError(
-                f"{source}: {key}={json.dumps(data[key])} is not implemented; "
+                f"{source}: {key}={_json(data[key])} is not implemented; "
                 f"this code knows {' or '.join(json.dumps(v) for v in allowed)}"
             )
+
+
+def _json(value: Any) -> str:
+    """A value as it stands in the file, short."""
+    try:
+        return short(json.dumps(value))
+    except (RecursionError, ValueError):
+        return shown(value)
 
 
 def _section(data: dict[str, Any], name: str, source: str) -> dict[str, Any]:
@@ -218,8 +230,8 @@ def _number(data: dict[str, Any], key: str, kind: type, source: str) -> Any:
     value: Any = data[key]
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{source}: {key}={json.dumps(value)} should be {kind.__name__}")
-    return kind(value)
+        raise ConfigError(f"{source}: {key}={_json(value)} should be {kind.__name__}; use the released file")
+    return value if kind is float and abs(value) > 1e300 else kind(value)  # refused by `_check_sizes`, which says why
 
 
 _KINDS: dict[str, type] = {"int": int, "float": float, "bool": bool}
@@ -232,7 +244,7 @@ def _build(cls: type, data: dict[str, Any], source: str) -> Any:
         if field.name == "merge_kernel_size":
             pair = data.get("merge_kernel_size", [2, 2])
             if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(type(p) is int and p > 0 for p in pair)):
-                raise ConfigError(f"{source}: merge_kernel_size={pair!r} should be two positive integers")
+                raise ConfigError(f"{source}: merge_kernel_size={shown(pair)} should be two positive integers")
             values[field.name] = tuple(pair)
         elif optional and data.get(field.name) is None:
             values[field.name] = None
@@ -254,8 +266,12 @@ def _check_sizes(config: KimiVLConfig, source: str) -> None:
             may_be_zero = key in ("first_k_dense_replace", "bos_token_id", "eos_token_id", "pad_token_id")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             # Python reads NaN and Infinity from JSON as well
-            if number and not 0 < value + may_be_zero < math.inf:
-                raise ConfigError(f"{source}, {section}: {key}={value} should be a positive number")
+            if number and not 0 < value + may_be_zero <= LARGEST:
+                sizes = f"a positive number up to {LARGEST:,}"
+                raise ConfigError(f"{source}, {section}: {key}={shown(value)} should be {sizes}; use the released file")
+        if data["num_hidden_layers"] > MOST_LAYERS:
+            layers = f"num_hidden_layers={data['num_hidden_layers']}"
+            raise ConfigError(f"{source}, {section}: {layers} is above {MOST_LAYERS}; use the released file")
     rules = [
         (
             vision.hidden_size % vision.num_attention_heads == 0,
@@ -277,7 +293,7 @@ def _check_sizes(config: KimiVLConfig, source: str) -> None:
     ]
     for holds, sentence in rules:
         if not holds:
-            raise ConfigError(f"{source}: {sentence}")
+            raise ConfigError(f"{source}: {sentence}; use the released file")
 
 
 KIMI_VL_A3B = KimiVLConfig(

@@ -27,9 +27,14 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .told import short, shown
+
 MAX_PIXELS = 50_000_000  # refused from the header, before anything is decoded; the model sees about 3 million at most
 MAX_GRID_SIDE = 512  # a padded side of this many patches is refused, as in the released processor
 PROCESSOR_TYPE = "KimiVLImageProcessor"
+LARGEST = {"patch_size": 1024, "merge_kernel_size": 8, "in_token_limit": 1 << 24}  # far above any release
+# What Pillow may decode. Of its other formats, one starts another program (Ghostscript, for EPS), and none is a photograph.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "ICO", "PPM", "JPEG2000", "AVIF")
 
 _DECODING = threading.Lock()  # silencing Pillow's warnings changes process-wide state; one thread at a time
 
@@ -174,7 +179,7 @@ class ImageProcessor:
             reason = error.strerror or error
             raise ImageError(f"cannot read {path} ({reason}); a checkpoint folder needs this file") from error
         except (ValueError, RecursionError) as error:
-            raise ImageError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+            raise ImageError(f"{path} is not valid JSON ({short(error)}); fetch the file again") from error
         return cls.from_dict(data, source=str(path))
 
     @classmethod
@@ -184,7 +189,7 @@ class ImageProcessor:
             raise ImageError(f"{source} does not hold a JSON object; fetch the file again")
         if data.get("image_processor_type") != PROCESSOR_TYPE:
             raise ImageError(
-                f"{source}: image_processor_type={data.get('image_processor_type')!r} is not implemented; "
+                f"{source}: image_processor_type={shown(data.get('image_processor_type'))} is not implemented; "
                 f"a Kimi-VL checkpoint has {PROCESSOR_TYPE!r}"
             )
         read = _Keys(data, source)
@@ -193,8 +198,8 @@ class ImageProcessor:
             merge_kernel_size=read.pair("merge_kernel_size"),
             in_token_limit=read.count("in_token_limit"),
             pad_input=read.switch("pad_input"),
-            image_mean=read.colours("image_mean", "at least 0", lambda v: v >= 0),
-            image_std=read.colours("image_std", "above 0", lambda v: v > 0),
+            image_mean=read.colours("image_mean", "from 0 to 255", lambda v: 0 <= v <= 255),
+            image_std=read.colours("image_std", "from 0.001 to 255", lambda v: 0.001 <= v <= 255),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -276,17 +281,17 @@ class _Keys:
         if key not in self.data:
             raise ImageError(f"{self.source}: {key} is missing; add it ({wanted}), no default is assumed")
         if not fits(self.data[key]):
-            raise ImageError(f"{self.source}: {key}={self.data[key]!r} is not usable; it must be {wanted}")
+            raise ImageError(f"{self.source}: {key}={shown(self.data[key])} is not usable; it must be {wanted}")
         return self.data[key]
 
     def count(self, key: str) -> int:
-        return self._get(key, "a whole number above 0", _is_count)
+        return self._get(key, f"a whole number from 1 to {LARGEST[key]}", lambda value: _is_count(value, LARGEST[key]))
 
     def pair(self, key: str) -> tuple[int, int]:
         def usable(value: Any) -> bool:
-            return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+            return isinstance(value, list) and len(value) == 2 and all(_is_count(v, LARGEST[key]) for v in value)
 
-        first, second = self._get(key, "a list of 2 whole numbers above 0", usable)
+        first, second = self._get(key, f"a list of 2 whole numbers from 1 to {LARGEST[key]}", usable)
         return first, second
 
     def switch(self, key: str) -> bool:
@@ -295,7 +300,7 @@ class _Keys:
     def colours(self, key: str, range_: str, fits: Any) -> tuple[float, float, float]:
         def usable(value: Any) -> bool:
             numbers = isinstance(value, int | float) and not isinstance(value, bool)
-            return numbers and math.isfinite(value) and fits(value)
+            return numbers and fits(value)
 
         wanted = f"a list of 3 numbers {range_}"
         red, green, blue = self._get(
@@ -304,8 +309,8 @@ class _Keys:
         return float(red), float(green), float(blue)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -333,6 +338,8 @@ def open_image(source: ImageSource) -> Image.Image:
         )
     if str(source).lower().startswith(("http://", "https://", "http:/", "https:/")):
         raise ImageError(f"{source} is an address, and nothing is fetched; download it and give the path of the file")
+    if not str(source):
+        raise ImageError("the path of the picture is empty; give the path of a file")
     try:
         path = Path(source).expanduser()
         if path.is_dir():
@@ -345,7 +352,7 @@ def open_image(source: ImageSource) -> Image.Image:
     except ImageError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL in the name, no home folder
-        raise ImageError(f"cannot open {str(source)!r} ({error}); check the path of the picture") from error
+        raise ImageError(f"cannot open {shown(str(source))} ({short(error)}); check the path of the picture") from error
     with file:
         return _decode(file, str(source))
 
@@ -354,7 +361,7 @@ def _decode(file: Any, name: str) -> Image.Image:
     with _DECODING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large sizes and damaged tags; both are handled here
         try:
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise ImageError(_too_large(name, None)) from error
         except Exception as error:  # decoders raise whatever their format's damage trips over
@@ -379,7 +386,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(_too_large(name, None)) from error
     except Exception as error:  # see above
-        raise ImageError(f"{name} is damaged or cut off ({error}); save or download it again") from error
+        raise ImageError(f"{name} is damaged or cut off ({short(error)}); save or download it again") from error
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # a damaged tag says nothing about which way is up
@@ -417,6 +424,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ImageError(
             f"an array of shape {array.shape} is not a picture; give (H, W), (H, W, 3) or (H, W, 4), colours last"
         )
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise ImageError(_too_large("the picture", (array.shape[1], array.shape[0])))
     return Image.fromarray(np.ascontiguousarray(array))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import KimiVLConfig, read_json
 from .model import KimiVL
+from .told import short
 
 # ours -> released; {i} is a layer
 MODULES = {
@@ -217,7 +218,15 @@ def load_checkpoint(
     """
     folder = Path(folder)
     config = read_config(folder)
-    model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype))
+    wanted: torch.dtype = dtype or getattr(torch, config.torch_dtype)
+    try:
+        model = empty_model(config, device, wanted)
+    except (RuntimeError, TypeError, MemoryError) as error:  # OutOfMemoryError is a RuntimeError
+        name = str(wanted).removeprefix("torch.")
+        raise CheckpointError(
+            f"{folder} asks for more memory in {name} than {device} has ({short(error)}); load it with fit=\"auto\" or in a "
+            "smaller dtype, or fetch config.json again if its sizes are wrong"
+        ) from None
     fill_from(folder, Filling(model))
     return model
 
@@ -237,7 +246,8 @@ def fill_from(folder: Path, fill: Filling, window: float = MAPPED) -> None:
                 fill.put(name, tensor, shard.name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"{shard} cannot be read as safetensors ({error}); the download was cut off or the file is another kind"
+                f"{shard} cannot be read as safetensors ({short(error, 120)}); "
+                "the download was cut off or the file is another kind, fetch it again"
             ) from None
     fill.finish(str(folder))
 
@@ -275,9 +285,10 @@ def find_shards(folder: Path) -> list[Path]:
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
         if shard.parent != folder:
-            raise CheckpointError(f"{index}: {shard.name!r} points outside {folder}; fetch the index again")
-        if not shard.is_file():
-            raise CheckpointError(f"{folder}: the shard {shard.name} named by {index.name} is missing; fetch it again")
+            raise CheckpointError(f"{index}: {short(shard.name)!r} points outside {folder}; fetch the index again")
+        if len(shard.name) > 255 or not shard.is_file():  # longer names are an error of the system
+            missing = f"the shard {short(shard.name)} named by {index.name} is missing"
+            raise CheckpointError(f"{folder}: {missing}; fetch it again")
     return shards
 
 
@@ -286,12 +297,26 @@ def save_checkpoint(
 ) -> None:
     """Writes config.json and safetensors shards (with an index when there are several) under the released names.
 
-    dtype: the model's unless given; selection biases stay float32. Each file appears whole or not at all; tokenizer and
-    processor files are `Chat.save`'s.
+    dtype: the model's unless given; selection biases stay float32. What lies in the folder is, after a kill at any moment,
+    the earlier weights or these, never some of both: shards are written under names that are not in use, and the index
+    turns to them in one step. A second save of several shards is therefore named "model.1-00001-of-...", and a third as the
+    first. Tokenizer and processor files are `Chat.save`'s. Raises CheckpointError for a folder that cannot be written, or a
+    full disk.
     """
-    folder = Path(folder)
+    try:
+        _save(model, Path(folder), dtype or model.logits.weight.dtype, max_shard_bytes)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        for part in Path(folder).glob("*.part"):
+            part.unlink(missing_ok=True)
+        reason = short(getattr(error, "strerror", None) or error)
+        raise CheckpointError(
+            f"cannot write the checkpoint to {folder} ({reason}); make room or choose another folder, "
+            "what was there is unchanged"
+        ) from error
+
+
+def _save(model: KimiVL, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = dtype or model.logits.weight.dtype
 
     def stored_as(name: str, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if name.endswith((SELECTION_BIAS, "inv_freq")) else dtype
@@ -305,20 +330,35 @@ def save_checkpoint(
             size = 0
         shards[-1].append(name)
         size, total = size + nbytes, total + nbytes
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = {n: tensors[n].detach().to("cpu", stored_as(n, tensors[n])).contiguous().clone() for n in names}
-        save_file(part, folder / f"{file}.part", metadata={"format": "pt"})
-        os.replace(folder / f"{file}.part", folder / file)
-        weight_map |= dict.fromkeys(names, file)
     index = folder / "model.safetensors.index.json"
+    several = [f"-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    turn = {stem: [folder / (stem + end) for end in several] for stem in ("model", "model.1")}
+    old = next((stem for stem, files in turn.items() if _names(index, files)), None)
+    new = "model.1" if old == "model" else "model"
+    files = [folder / "model.safetensors"] if len(shards) == 1 else turn[new]
+    weight_map = {}
+    for file, names in zip(files, shards, strict=True):
+        part = {n: tensors[n].detach().to("cpu", stored_as(n, tensors[n])).contiguous().clone() for n in names}
+        save_file(part, f"{file}.part", metadata={"format": "pt"})
+        os.replace(f"{file}.part", file)
+        weight_map |= dict.fromkeys(names, file.name)
     if len(shards) > 1:
         _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for file in turn[old] if old else ():
+            file.unlink(missing_ok=True)
     else:
         index.unlink(missing_ok=True)  # one that an earlier, larger save left would win over the single file
     config = model.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", config)
+
+
+def _names(index: Path, files: list[Path]) -> bool:
+    """Whether an index is there and names one of these files."""
+    try:
+        named = set(read_json(index)["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return not named.isdisjoint(file.name for file in files)
 
 
 def _write_json(path: Path, data: object) -> None:

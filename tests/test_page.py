@@ -209,7 +209,7 @@ def test_visitors_wait_for_each_other_and_one_who_leaves_holds_nothing(visit, sl
     other.context.close()  # in the middle of the answer
     visit.wait_for_selector("[data-showing=run]")
     assert visit.locator(".answer .tok:not(.template)").count() >= 1
-    assert not session._busy.locked()
+    assert not session._line
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -344,8 +344,19 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if ours or os.environ.get("KIMI_VL_TRACEBACK"):
             raise
-        print("kimi-vl:", " ".join(sentence(error).split()), file=sys.stderr)
-        return 2
+        return refused(sentence(error))
+    except (MemoryError, RuntimeError) as error:
+        from .memory import ran_out
+
+        if not ran_out(error) or os.environ.get("KIMI_VL_TRACEBACK"):
+            raise
+        return refused("memory ran out; use smaller or fewer pictures, a shorter reply, or close other programs")
+
+
+def refused(told: str) -> int:
+    """Says it on stderr in one line; the exit code of bad input."""
+    print("kimi-vl:", " ".join(told.split()), file=sys.stderr)
+    return 2
 
 
 def sentence(error: Exception) -> str:

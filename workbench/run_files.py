@@ -15,6 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from kimi_vl_ref.told import short
+
+DTYPES = ("U8", "U16", "I32", "F16", "F32")  # a run has no other, and numpy lacks some
+LARGEST = 4 << 30  # bytes; a run with every row of attention that memory allows has about a quarter of it
 FORMAT = 2  # 1 had no `kept`: everything was float16
 
 
@@ -30,35 +34,48 @@ def write(path: Path, text: str, arrays: Mapping[str, np.ndarray]) -> None:
     metadata = {"kimi_vl_run": text, "format": str(FORMAT), "sha256": digest(text, arrays)}
     data, part = to_safetensors(dict(arrays), metadata), None
     try:
+        if path.exists() and not path.is_file():
+            raise RunError(f"cannot write {path} (not a file); give the name of a file, new or to be replaced")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             part = Path(file.name)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except RunError:
+        raise
+    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
         if part is not None:
             part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({error.strerror or error}); choose a folder that exists and has room") from error
+        why = short(getattr(error, "strerror", None) or error)
+        raise RunError(f"cannot write {path} ({why}); choose a folder that exists and has room") from error
 
 
 def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     """The JSON text and the arrays of a run file, known to be as they were written. Raises RunError."""
-    if not path.is_file():
-        raise RunError(f"there is no file {path}; check the path of the run")
     try:
+        if not path.is_file():
+            raise RunError(f"there is no file {path}; check the path of the run")
+        if path.stat().st_size > LARGEST:
+            raise RunError(f"{path} has more than {LARGEST:,} bytes, which no run has; check the path of the run")
         with safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             if not {"kimi_vl_run", "format", "sha256"} <= metadata.keys():
                 raise RunError(f"{path} is a safetensors file but not a run; give a file that Run.save has written")
             if metadata["format"] != str(FORMAT):
                 raise RunError(
-                    f"{path} is a run of format {metadata['format']}, and this version reads format {FORMAT}; "
+                    f"{path} is a run of format {short(metadata['format'])}, and this version reads format {FORMAT}; "
                     "open it with the version that wrote it, or record it again"
                 )
+            for name in opened.keys():  # noqa: SIM118, not a dict
+                if (dtype := opened.get_slice(name).get_dtype()) not in DTYPES:
+                    raise RunError(f"{path} is damaged: {short(name)} has the dtype {dtype}; copy or record it again")
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is cut off, damaged or not a run ({reason(error)}); copy or record it again") from error
+    except RunError:
+        raise
+    except (SafetensorError, OSError, MemoryError) as error:
+        why = short(reason(error), 120)
+        raise RunError(f"{path} is cut off, damaged or not a run ({why}); copy or record it again") from error
     if digest(metadata["kimi_vl_run"], arrays) != metadata["sha256"]:
         raise RunError(f"{path} is damaged: its contents do not match its checksum; copy or record it again")
     return metadata["kimi_vl_run"], arrays
@@ -76,4 +93,6 @@ def digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
 
 def reason(error: BaseException) -> str:
     """An error of a library as half a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0].rstrip(".;")

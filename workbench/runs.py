@@ -23,6 +23,7 @@ from kimi_vl_ref import Chat, KimiVL, Reply, stream_reply
 from kimi_vl_ref.chat import reply_roles
 from kimi_vl_ref.images import PatchGrid, Picture, open_image
 from kimi_vl_ref.thought import split_thought
+from kimi_vl_ref.told import short, shown
 
 from .edits import Change, applied, in_force
 from .edits.change import Applied
@@ -149,6 +150,7 @@ class Run:
         text, arrays = read(Path(path))
         try:
             parts: dict[str, Any] = json.loads(text) | arrays
+            _check_story(parts)
             for name in parts["kept"]:
                 if name not in ARRAYS or parts[name].dtype != np.uint8:
                     raise ValueError(f"{name} is said to be kept in steps, and is not")
@@ -156,11 +158,13 @@ class Run:
             pictures = []
             for number, grid in enumerate(parts["pictures"]):
                 geometry: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in grid.items()}
-                pictures.append(Picture(open_image(parts.pop(f"picture {number}").tobytes()), PatchGrid(**geometry)))
+                picture = Picture(open_image(parts.pop(f"picture {number}").tobytes()), PatchGrid(**geometry))
+                _check_geometry(picture, number)
+                pictures.append(picture)
             run = cls(**{**parts, "pictures": pictures})
             run.check()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RunError(f"{path} is damaged: {reason(error)}; copy or record it again") from error
+            raise RunError(f"{path} is damaged: {short(reason(error), 200)}; copy or record it again") from error
         return run
 
     def check(self) -> None:
@@ -192,6 +196,36 @@ class Run:
 
 
 _STORY = [one.name for one in fields(Run) if one.name not in ARRAYS and one.name != "pictures"]
+_JSON: dict[str, Any] = {"str": str, "int": int, "bool": bool, "int | None": int | None, "list": list, "dict": dict}
+
+
+def _check_story(parts: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value of another kind than the field's annotation says."""
+    for one in fields(Run):
+        outer, _, inner = str(one.type).rstrip("]").partition("[")
+        if one.name not in _STORY or one.name not in parts:
+            continue
+        value = parts[one.name]
+        fits = type(value) is not bool if outer == "int" else True
+        items = value if isinstance(value, list) and outer == "list" else []
+        within = _JSON[inner.partition("[")[0]] if outer == "list" else object
+        if not fits or not isinstance(value, _JSON[outer]) or not all(isinstance(item, within) for item in items):
+            raise ValueError(f"{one.name} is {shown(value)}, where {one.type} belongs")
+    if not all(isinstance(value, str) for name in ("versions", "kept") for value in parts.get(name, {}).values()):
+        raise ValueError("versions and kept should name texts")
+
+
+def _check_geometry(picture: Picture, number: int) -> None:
+    """Raises ValueError unless the geometry of a picture is one that a processor makes."""
+    grid = picture.grid
+    pairs = (grid.original, grid.resized, grid.grid, grid.offset)
+    pair = all(isinstance(one, tuple) and len(one) == 2 and all(type(side) is int for side in one) for one in pairs)
+    if not pair or type(grid.patch_size) is not int or type(grid.merge) is not int:
+        raise ValueError(f"the geometry of picture {number} is not whole numbers")
+    positive = min(*grid.original, *grid.resized, *grid.grid, grid.patch_size, grid.merge) > 0 and min(grid.offset) >= 0
+    if not positive or any(side % grid.merge for side in grid.grid) or picture.image.size not in (grid.original, grid.resized):
+        width, height = picture.image.size
+        raise ValueError(f"the geometry of picture {number} does not fit its {width} x {height} pixels")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kimi_vl_ref.told import short
+
 try:
     import fcntl
 except ImportError:  # Windows, where nothing keeps two sweeps off one file
@@ -152,8 +154,8 @@ class _Journal:
     def _parse(self, line: bytes, at: int) -> dict[str, Any]:
         try:
             entry = json.loads(line)
-        except ValueError as error:
-            raise SweepError(f"{self.path}, line {at}: damaged ({error}); delete the line and run again") from error
+        except (ValueError, RecursionError) as error:
+            raise SweepError(f"{self.path}, line {at}: damaged ({short(error)}); delete the line and run again") from error
         if not isinstance(entry, dict):
             raise SweepError(f"{self.path}, line {at}: not a JSON object; delete the line and run again")
         return entry
@@ -169,9 +171,14 @@ class _Journal:
             line = json.dumps(entry, sort_keys=True).encode() + b"\n"
         except TypeError as error:
             raise SweepError(f"a result cannot be written as JSON ({error}); return plain numbers, texts and lists") from error
-        if self.file.write(line) != len(line):
+        try:
+            whole = self.file.write(line) == len(line)
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            why = error.strerror
+            raise SweepError(f"{self.path} could not be written ({why}); make room on the disk and run again") from error
+        if not whole:
             raise SweepError(f"{self.path} could not be written to its end; make room on the disk and run again")
-        os.fsync(self.file.fileno())
 
 
 def _head(cases: list[dict[str, Any]], setup: str, work: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kimi_vl_ref import KimiVL, Reply
+from kimi_vl_ref.told import shown
 from workbench.runs import Run, fingerprint
 
 from ..session import Session
@@ -34,21 +35,21 @@ class Asked:
         """A number among the args. Raises ValueError if it is missing (and has no default), no number or out of range."""
         value = self.args.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ValueError(f"{name} is {value!r}; choose a number from {low:g} to {high:g}")
+            raise ValueError(f"{name} is {shown(value)}; choose a number from {low:g} to {high:g}")
         return value
 
     def whole(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """A whole number among the args, in low..high. Raises ValueError like `number`."""
         value = self.number(name, low, high, default)
         if value != int(value):
-            raise ValueError(f"{name} is {value!r}; choose a whole number from {low} to {high}")
+            raise ValueError(f"{name} is {shown(value)}; choose a whole number from {low} to {high}")
         return int(value)
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> str:
         """One of a few words among the args. Raises ValueError for another."""
         value = self.args.get(name)
         if value not in choices:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+            raise ValueError(f"{name} is {shown(value)}; choose one of {', '.join(choices)}")
         return value
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from kimi_vl_ref.told import shown
+
 from .act import Asked
 from .change_kinds import Bias, Block, Experts, Heads, Kind, Layer, Region, Tokens, TopK, merged, spoken
 from .change_places import belongs
@@ -30,7 +32,7 @@ def changes_of(asked: Asked) -> list[Kind]:
     found = []
     for spec in listed:
         if not isinstance(spec, dict):
-            raise ValueError(f"{spec!r} is no change; remove it from the list")
+            raise ValueError(f"{shown(spec)} is no change; remove it from the list")
         one = replace(asked, args=spec)
         found.append(READ[one.one_of("kind", tuple(READ))](one))
     if len({one.k for one in found if isinstance(one, TopK)}) > 1:
@@ -73,7 +75,7 @@ def _region(one: Asked) -> Region:
     picture, box = _picture_of(one), one.args.get("box")
     width, height = one.run.pictures[picture].grid.original
     if not isinstance(box, list) or len(box) != 4:
-        raise ValueError(f"the region is {box!r}; draw a rectangle on the picture")
+        raise ValueError(f"the region is {shown(box)}; draw a rectangle on the picture")
     sides = [replace(one, args={"side": side}).number("side", -1e6, 1e6) for side in box]
     x0, y0, x1, y1 = (round(min(max(side, 0), most)) for side, most in zip(sides, (width, height) * 2, strict=True))
     if x1 <= x0 or y1 <= y0:

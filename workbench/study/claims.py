@@ -294,6 +294,8 @@ def main(
     names: Sequence[str], model: str = "study", scenes: int | None = None, json_path: str | Path | None = None
 ) -> list[Claim]:
     """Prints each claim with its table; `scenes` replaces the number of scenes (or, for balance, of steps)."""
+    if json_path is not None and not Path(json_path).parent.is_dir():
+        raise ValueError(f"{json_path} cannot be written; name a file in a folder that exists with --json")
     unknown = [name for name in names if name not in CLAIMS and name != "all"]
     if unknown:
         raise ValueError(f"there is no claim {unknown[0]!r}; choose among {', '.join(CLAIMS)} or all")

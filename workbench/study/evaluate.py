@@ -141,6 +141,8 @@ def main(
     """Prints the table; `json_path` also writes the numbers."""
     if scenes < 1:
         raise ValueError(f"{scenes} scenes give no share; use 1 or more")
+    if json_path is not None and not Path(json_path).parent.is_dir():  # said before hours of answering, not after
+        raise ValueError(f"{json_path} cannot be written; name a file in a folder that exists with --json")
     loaded, chat = load(model)
     with torch.inference_mode():
         options = {"scenes": scenes, "split": split, "thought_budget": thought_budget, "progress": True}

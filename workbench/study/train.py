@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -32,6 +33,7 @@ from kimi_vl_ref import checkpoint_folder, load
 from kimi_vl_ref.chat import Chat
 from kimi_vl_ref.config import VisionConfig
 from kimi_vl_ref.model import KimiVL
+from kimi_vl_ref.told import short
 from kimi_vl_ref.weights import save_checkpoint
 
 from . import families, forest, tokenizer
@@ -133,10 +135,19 @@ class Run:
         tensors = {f"model.{n}": t for n, t in self.weights().items()}
         tensors |= {f"heads.{n}": t for n, t in self.heads.state_dict().items()}
         tensors |= {f"optim.{n}": t for n, t in self.optimiser.state().items()}
-        save_file({n: t.contiguous() for n, t in tensors.items()}, self.out / f"{name}.part")
-        os.replace(self.out / f"{name}.part", self.out / name)
-        (self.out / "state.json.part").write_text(json.dumps(vars(self.progress)))
-        os.replace(self.out / "state.json.part", self.out / "state.json")
+        part = self.out / f"{name}.part"
+        try:
+            save_file({n: t.contiguous() for n, t in tensors.items()}, part)
+            os.replace(part, self.out / name)
+            (self.out / "state.json.part").write_text(json.dumps(vars(self.progress)))
+            os.replace(self.out / "state.json.part", self.out / "state.json")
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            why = short(getattr(error, "strerror", None) or error)
+            raise ValueError(
+                f"the state of training could not be written to {self.out} ({why}); make room and run the same command, "
+                "which goes on from the last state that was"
+            ) from error
         for old in self.out.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -286,6 +297,10 @@ def main(
     start: weights and tokenizer of another checkpoint, which has had the first three stages; the others follow.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder with --out")
+    if start is not None and not checkpoint_folder(start).is_dir():
+        raise ValueError(f"{start} is not a folder; name a checkpoint folder, or 'study', with --start")
     out.mkdir(parents=True, exist_ok=True)
     if start is None:
         prepare(out)
