@@ -74,12 +74,12 @@ def free_memory() -> int:
 def slow_at(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies float32 more than twice as fast, as one without instructions for `dtype` does.
 
-    Timed once a process, in milliseconds: without them it is fifty times as slow.
+    Timed once a process, in milliseconds; without them a large product is fifty times as slow.
     """
     least = {}
-    for one in (torch.float32, dtype):
-        square, times = torch.ones(128, 128, dtype=one), []
-        for _ in range(4):
+    for one, rounds in ((dtype, 3), (torch.float32, 9)):  # the fast one again and again, for others may be using the processor
+        square, times = torch.ones(256, 256, dtype=one), []
+        for _ in range(rounds):
             began = time.perf_counter()
             torch.mm(square, square)
             times.append(time.perf_counter() - began)

@@ -87,7 +87,7 @@ def test_a_difference_is_laid_at_its_layer_and_site(folder: Path, monkeypatch: p
     found = list(deep.pieces(folder))
     assert [piece.layer for piece in found if not piece.agrees] == [2]
     first = found[2].first
-    assert first is not None and first.site == "decoder.layers.0.attn.latent"
+    assert first is not None and first.site == "decoder.layers.2.attn.latent"
 
 
 def test_other_choices_are_counted_and_do_not_count_against_the_pinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,8 @@ def pieces(folder: Path) -> Iterator[Piece]:
         x = _stream(model, ids, None if layer else given)
         del theirs  # rounding ours does not free what theirs still holds
         rounded = _rounded(model, x)
-        yield Piece(layer, worst, found.first, len({one.site for one in all_of_them}), ids.numel(), *rounded)
+        first = None if found.first is None else _at(found.first, layer)
+        yield Piece(layer, _at(worst, layer), first, len({one.site for one in all_of_them}), ids.numel(), *rounded)
         stream = after
         del model
 
@@ -209,6 +210,11 @@ def check_deep(report: Report, source: str, to: Path | None = None, *, progress:
         to.write_text("\n".join([*table(name, found), "", *report.lines()[1:]]) + "\n", encoding="utf-8")
         report.add("deep report", "ok", f"{to}; attach it to an issue")
     return found
+
+
+def _at(one: Difference, layer: int) -> Difference:
+    """The difference under the name that its site has in the whole model."""
+    return replace(one, site=one.site.replace("decoder.layers.0", f"decoder.layers.{layer}"))
 
 
 def table(name: str, found: list[Piece]) -> list[str]:

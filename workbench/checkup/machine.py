@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kimi_vl_ref.config import KimiVLConfig
-from kimi_vl_ref.fit import WORKING, choose_fit, room, whole_bytes
+from kimi_vl_ref.fit import WORKING, choose_fit, needed, room, whole_bytes
 from kimi_vl_ref.quantise import quantised_bytes
 from kimi_vl_ref.sizes import active, cache_bytes_a_token
 
@@ -32,10 +32,11 @@ def check_machine(report: Report, folder: Path, config: KimiVLConfig) -> None:
     weights = ", ".join(f"{name} {amount(size)}" for name, size in sizes.items())
     report.add("memory", "ok", f"weights: {weights}; {of(free.ram)} of memory free, {gpu}")
     fit = choose_fit(folder, free=free)
-    report.add("fit", "warn" if fit.mapped else "ok", fit.says)
+    squeezed = fit.mapped and needed(config, whole_bytes(config, dtype), dtype) > free.ram
+    report.add("fit", "warn" if squeezed else "ok", fit.says)
     held = sizes[config.torch_dtype if fit.bits is None else f"int{fit.bits}"]
     cache = cache_bytes_a_token(config.text, dtype.itemsize)
-    if fit.mapped:
+    if squeezed:
         report.add("speed", "note", "bound by the disk, and by how many experts stay in memory; no estimate")
         held = 0  # pages that the system drops when it needs them
     else:
@@ -43,7 +44,7 @@ def check_machine(report: Report, folder: Path, config: KimiVLConfig) -> None:
         read = active(config.text) * held / whole_bytes(config, dtype) * dtype.itemsize
         at = [f"{rate / (read + tokens * cache):,.0f} at {tokens:,}" for tokens in (1024, 32768) if tokens <= _context(config)]
         says = f"at most {' and '.join(at)} tokens of context: {of(rate)}/s measured, {amount(int(read))} of weights a token"
-        report.add("speed", "ok", f"tokens a second {says}" + (", more for making them dense" if fit.bits else ""))
+        report.add("speed", "ok", f"tokens a second {says}" + (", more for making them dense" if fit.bits or fit.compute else ""))
     spare = (free.ram if fit.device == "cpu" or free.gpu is None else free.gpu) - held - min(WORKING, max(held, 1))
     longest = max(0, min(_context(config), spare // cache))
     state = "ok" if longest == _context(config) else "warn"
