@@ -44,7 +44,8 @@ def check_machine(report: Report, folder: Path, config: KimiVLConfig) -> None:
         read = active(config.text) * held / whole_bytes(config, dtype) * dtype.itemsize
         at = [f"{rate / (read + tokens * cache):,.0f} at {tokens:,}" for tokens in (1024, 32768) if tokens <= _context(config)]
         says = f"at most {' and '.join(at)} tokens of context: {of(rate)}/s measured, {amount(int(read))} of weights a token"
-        report.add("speed", "ok", f"tokens a second {says}" + (", more for making them dense" if fit.bits or fit.compute else ""))
+        more = ", more for making them dense" if fit.bits or fit.compute else ""
+        report.add("speed", "ok", f"tokens a second {says}{more}")
     spare = (free.ram if fit.device == "cpu" or free.gpu is None else free.gpu) - held - min(WORKING, max(held, 1))
     longest = max(0, min(_context(config), spare // cache))
     state = "ok" if longest == _context(config) else "warn"
