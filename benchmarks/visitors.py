@@ -128,7 +128,7 @@ def plot(path: Path, memory: list[tuple[float, float]], title: str) -> None:
     figure = Figure(figsize=(6, 2.4), layout="constrained")
     axes = figure.subplots()
     axes.plot([at / 60 for at, _ in memory], [mb for _, mb in memory], lw=1)
-    axes.set(xlabel="minutes", ylabel="MB resident", title=title, ylim=(0, None))
+    axes.set(xlabel="minutes", ylabel="MB resident", title=title, ylim=(0, 1.15 * max(mb for _, mb in memory)))
     figure.savefig(path, dpi=80)
 
 
