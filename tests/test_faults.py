@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -17,6 +18,7 @@ from demos.page import Page
 from test_bad_input import ANNA, ask, event, made, sentence_of, still_there  # noqa: F401, a fixture among them
 from workbench import cli
 from workbench.memory import ran_out
+from workbench.study import train
 
 HERE = Path(__file__).parent
 
@@ -271,6 +273,25 @@ def test_a_page_without_room_for_files_shows_the_answer_all_the_same(made: Page,
     monkeypatch.setattr(gr, "Warning", warned.append)
     assert ask(made)[-1][0]["kind"] == "run"
     assert len(warned) == 1 and "No space left" in warned[0] and "make room" in warned[0]
+
+
+def test_training_on_a_full_disk_keeps_its_last_state_and_says_how_to_go_on(tmp_path: Path, monkeypatch) -> None:
+    """The state's own file is written first, so that the pointer never names one that is not whole."""
+
+    def full(_tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    run, nothing = object.__new__(train.Run), SimpleNamespace(state_dict=dict, state=dict)
+    vars(run).update(out=tmp_path, rank=0, progress=train.Progress(1, 5), heads=nothing, optimiser=nothing)
+    monkeypatch.setattr(run, "weights", dict)
+    monkeypatch.setattr(train, "save_file", full)
+    (tmp_path / "state.json").write_text("the earlier one")
+    with pytest.raises(ValueError) as caught:
+        run.save()
+    sentence_of(caught.value, str(tmp_path), "No space left", "the same command")
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
+    assert (tmp_path / "state.json").read_text() == "the earlier one"
 
 
 # --- a full memory -------------------------------------------------------------------------------------------------------
