@@ -104,7 +104,7 @@ class LatentCore(nn.Module):
         # a prefill from nothing always expands: it then needs no mask at all
         many = q_nope.shape[1] > min(self.queries_worth_expanding, latent.shape[1] - 1)
         # one pass pays where a CPU would fetch the cache twice from memory; on a GPU a block is too little work
-        long = latent.shape[1] > 2 * self.blockwise.block and not latent.is_cuda
+        long = latent.shape[1] > 8 * self.blockwise.block and not latent.is_cuda
         core = self.expanded if many else self.blockwise if long else self.absorbed
         return core(q_nope, q_rope, latent, k_rope, up, visible)
 
