@@ -63,11 +63,12 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def times(self, **works: Callable[[], Any]) -> dict[str, float]:
-        """Median milliseconds of works that take turns, each run once before."""
+    def times(self, ready: Callable[[], Any] = lambda: None, **works: Callable[[], Any]) -> dict[str, float]:
+        """Median milliseconds of works that take turns, each run once before; `ready` goes before each, untimed."""
         found: dict[str, list[float]] = {name: [] for name in works}
         for number in range(-1, self.rounds):
             for name, work in works.items():
+                ready()
                 self.wait()
                 start = time.perf_counter()
                 work()
@@ -113,8 +114,13 @@ class Bench:
             fixed.rewind()
             return torch.stack([fixed(ids[:, at : at + 1]).clone() for at in range(steps)])
 
+        given: list[Any] = []
+
+        def plant_theirs() -> None:  # their cache cannot be wound back as ours can
+            given[:] = [planted.theirs()]
+
         def transformers() -> Tensor:
-            cache, found = planted.theirs(), []
+            cache, found = given.pop(), []
             for at in range(steps):
                 logits, cache = self.theirs.forward("grouped_mm", ids[:, at : at + 1], past_key_values=cache)
                 found.append(logits)
@@ -124,15 +130,15 @@ class Bench:
         works: dict[str, Callable[[], Any]] = {"eager": ours, "transformers": transformers}
         if fixed is not None:
             works["graph"] = graphed
+        plant_theirs()
         gaps = {name: gap(work(), expected) for name, work in works.items()}
-        found = {name: ms / steps for name, ms in self.times(**works).items()}
+        found = {name: ms / steps for name, ms in self.times(plant_theirs, **works).items()}
         text = self.net.config.text
         numbers = active_weights(self.net) + self.net.logits.weight.numel()
         numbers += context * (text.kv_lora_rank + text.qk_rope_head_dim) * text.num_hidden_layers
         least = 1000 * numbers * self.net.logits.weight.element_size() / self.copy_rate
         best = min(found.get("graph", found["eager"]), found["eager"])
         figures = {f"{name} ms": ms for name, ms in found.items()} | {f"{name} gap": one for name, one in gaps.items()}
-        # planting their cache anew is in their time: one copy of it in `steps` steps
         figures |= {"least ms": least, "share of the copy rate": least / best, "x transformers": found["transformers"] / best}
         self.note("decode", f"a token at context {context:,}", figures)
 

@@ -42,8 +42,7 @@ def measure(way: str, tokens: int, rounds: int) -> dict[str, Any]:
     """One way in this process. ms are medians of the rounds, `ratio` is the median of the rounds' ratios."""
     import torch
 
-    room = available() - SPARE
-    resource.setrlimit(resource.RLIMIT_DATA, (room, room))  # it fails, and nothing else does
+    spare_the_machine()
     with torch.inference_mode():
         plain, recorded = WAYS[way](tokens)
         plain()
@@ -64,6 +63,12 @@ def available() -> int:
     """Bytes of memory that could be had now."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+
+
+def spare_the_machine() -> None:
+    """Leaves SPARE bytes of memory to others: a process that wants more fails, and nothing else does."""
+    room = available() - SPARE
+    resource.setrlimit(resource.RLIMIT_DATA, (room, room))
 
 
 def alternate(plain: Callable[[], Any], recorded: Callable[[], Any], rounds: int) -> list[tuple[float, float, float]]:
@@ -93,18 +98,22 @@ def forward(lengths: list[int], rounds: int | None) -> list[dict[str, Any]]:
 
 def apart(way: str, tokens: int, rounds: int) -> dict[str, Any]:
     """`measure` in a process of its own, or what kept it from being measured."""
-    command = [sys.executable, "-m", "benchmarks.recording", "--way", way, "--tokens", str(tokens), "--rounds", str(rounds)]
+    found = in_a_process("benchmarks.recording", SECONDS, "--way", way, "--tokens", tokens, "--rounds", rounds)
+    if "error" in found and (needed := probabilities(way, tokens)):
+        found["error"] += f" (computed: the probabilities it keeps take {needed / 1e9:.1f} GB)"
+    return {"way": way, "tokens": tokens, **found}
+
+
+def in_a_process(module: str, seconds: float, *arguments: Any) -> dict[str, Any]:
+    """The JSON that a module prints last, run by itself; or, as "error", what kept it from that."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        error = f"took longer than {SECONDS} s"
-    else:
-        if not done.returncode:
-            return json.loads(done.stdout.strip().split("\n")[-1])
-        error = done.stderr.strip().split("\n")[-1][:160] if done.stderr else f"ended by signal {-done.returncode}"
-    if needed := probabilities(way, tokens):
-        error += f" (computed: the probabilities it keeps take {needed / 1e9:.1f} GB)"
-    return {"way": way, "tokens": tokens, "error": error}
+        return {"error": f"took longer than {seconds} s"}
+    if done.returncode:
+        return {"error": done.stderr.strip().split("\n")[-1][:160] if done.stderr else f"ended by signal {-done.returncode}"}
+    return json.loads(done.stdout.strip().split("\n")[-1])
 
 
 # --- an answer -----------------------------------------------------------------------------------------------------------

@@ -15,17 +15,14 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.recording import SPARE, available, interval
+from benchmarks.recording import in_a_process, interval, spare_the_machine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,14 +121,7 @@ def ratio(other: list[float], ours: list[float]) -> tuple[float, float, float]:
 
 def apart(*arguments: Any) -> dict[str, Any]:
     """A row in a process of its own, or what kept it from being measured."""
-    command = [sys.executable, "-m", "benchmarks.speed", *map(str, arguments)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {SECONDS} s"}
-    if done.returncode:
-        return {"error": done.stderr.strip().split("\n")[-1][:160] if done.stderr else f"ended by signal {-done.returncode}"}
-    return json.loads(done.stdout.strip().split("\n")[-1])
+    return in_a_process("benchmarks.speed", SECONDS, *arguments)
 
 
 def contested(work: str, config: str, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
@@ -284,8 +274,7 @@ def main(
 
 
 def in_this_process(given: argparse.Namespace) -> None:
-    room = available() - SPARE
-    resource.setrlimit(resource.RLIMIT_DATA, (room, room))  # it fails, and nothing else does
+    spare_the_machine()
     from benchmarks import ways_process, ways_speed
 
     if given.work == "write":

@@ -18,26 +18,13 @@ Way = tuple[Callable[[], Any], Callable[[], Any]]  # plain, recorded
 def model(context: int) -> Any:
     import torch
 
+    from benchmarks import peers
     from kimi_vl_ref import TINY, KimiVL
 
-    text = replace(
-        TINY.text,
-        vocab_size=2048,
-        hidden_size=512,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        intermediate_size=1408,
-        moe_intermediate_size=352,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        max_position_embeddings=context + 64,
-    )
+    sizes = peers.config("issue")  # its tower is not asked here
+    text = replace(sizes.text, max_position_embeddings=context + 64)
     torch.manual_seed(0)
-    return KimiVL(replace(TINY, text=text, media_placeholder_token_id=2047)).eval().requires_grad_(False)
+    return KimiVL(replace(sizes, vision=TINY.vision, text=text)).eval().requires_grad_(False)
 
 
 def prompt(tokens: int) -> Any:

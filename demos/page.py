@@ -16,7 +16,7 @@ import gradio as gr
 
 from kimi_vl_ref import Reply
 from kimi_vl_ref.images import ImageError, Picture
-from kimi_vl_ref.told import short, shown
+from kimi_vl_ref.told import cause, short, shown
 from workbench.memory import ran_out
 from workbench.runs import Run
 from workbench.study.families import Question, make
@@ -25,6 +25,7 @@ from workbench.study.views import Album
 from workbench.viewer import payload, progress, standalone, steps
 
 from .acts import ACTS, WITHOUT_MODEL, Asked
+from .acts.act import number
 from .desk import Desk, Desks, Drawn, uploaded
 from .session import Session
 from .shelf import EVERYBODY, Shelf
@@ -68,13 +69,6 @@ def sentence(error: Exception) -> str:
 NO_MEMORY = "Memory ran out while the model worked; ask about fewer or smaller pictures, or for a shorter reply."
 
 
-def number(value: Any, name: str, low: float, high: float) -> float:
-    """A setting as it came from a browser. Raises ValueError for what is no number from low to high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name} is {shown(value)}; choose a number from {low:g} to {high:g}")
-    return value
-
-
 def toast(error: Exception, more: str = "") -> gr.Error:
     """One sentence for the visitor. What is no fault of theirs also leaves its traceback in the terminal."""
     if ran_out(error):
@@ -115,9 +109,8 @@ class Page:
         try:
             if size not in SIZES:
                 raise ValueError(f"the size {shown(size)} is unknown; choose one of the list")
-            drawn = family, int(number(seed or 0, "the scene seed", -LARGEST_SEED, LARGEST_SEED)), SIZES[size]
-            drawn = drawn[0], abs(drawn[1]), drawn[2]
-            desk, question = self._drawn(drawn)
+            number_of_scene = int(number(seed or 0, "the scene seed", -LARGEST_SEED, LARGEST_SEED))
+            desk, question = self._drawn((family, abs(number_of_scene), SIZES[size]))
         except ValueError as error:
             raise toast(error) from error
         return *self._shown(self.desks.change(str(request.session_hash), lambda _: desk)), question
@@ -242,8 +235,9 @@ class Page:
             file.parent.mkdir(exist_ok=True)
             file.write_text(standalone(shown), encoding="utf-8")
         except OSError as error:  # a full disk: the answer is shown all the same
-            why = error.strerror or error
-            gr.Warning(f"No file of this run could be made ({why}); tell whoever runs the page to make room on its disk.")
+            gr.Warning(
+                f"No file of this run could be made ({cause(error)}); tell whoever runs the page to make room on its disk."
+            )
             return gr.DownloadButton(interactive=False)
         return gr.DownloadButton(value=file, interactive=True)
 

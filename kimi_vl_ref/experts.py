@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .moe import DenseFFN
+from .moe import DenseFFN, weighted_sum
 
 
 class SeparateExperts(nn.ModuleList):
@@ -44,6 +44,4 @@ def one_by_one(
     for e, mine in enumerate(order.split(load)):
         if len(mine):
             slots[mine] = run(e, tokens[mine // top_k])
-    # the sum over experts in the precision of the weights (at least float32), then back; as in `Experts`
-    out = torch.einsum("nkd,nk->nd", slots.unflatten(0, (-1, top_k)).to(weights.dtype), weights.flatten(0, -2))
-    return out.to(x.dtype).view_as(x)
+    return weighted_sum(slots.unflatten(0, (-1, top_k)), weights).view_as(x)

@@ -131,8 +131,15 @@ class Experts(nn.Module):
         gate, up = grouped_linear(tokens[order // top_k], self.gate_up, load).chunk(2, dim=-1)
         out = grouped_linear(F.silu(gate) * up, self.down, load)  # (B*T*K, D)
         slots = torch.empty_like(out).index_copy(0, order, out).unflatten(0, (-1, top_k))
-        # the sum over experts in the precision of the weights (at least float32), then back
-        return torch.einsum("nkd,nk->nd", slots.to(weights.dtype), weights.flatten(0, -2)).to(x.dtype).view_as(x)
+        return weighted_sum(slots, weights).view_as(x)
+
+
+def weighted_sum(slots: Tensor, weights: Tensor) -> Tensor:
+    """What the K experts of each of N tokens wrote, (N, K, D), summed by their weights (..., K) -> (N, D).
+
+    In the precision of the weights (at least float32), then back.
+    """
+    return torch.einsum("nkd,nk->nd", slots.to(weights.dtype), weights.flatten(0, -2)).to(slots.dtype)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:

@@ -16,6 +16,11 @@ def shown(value: Any, most: int = LONGEST) -> str:
     return short(text, most)
 
 
+def cause(error: BaseException) -> str:
+    """Why something failed, short: what the system says of it where it does, else the error's own words."""
+    return short(getattr(error, "strerror", None) or error)
+
+
 def short(text: object, most: int = LONGEST) -> str:
     """A text in one line, its end left out where it is long."""
     line = " ".join(str(text).split())

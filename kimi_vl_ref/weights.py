@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .config import KimiVLConfig, read_json
 from .model import KimiVL
-from .told import short
+from .told import cause, short
 
 # ours -> released; {i} is a layer
 MODULES = {
@@ -308,9 +308,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
         for part in Path(folder).glob("*.part"):
             part.unlink(missing_ok=True)
-        reason = short(getattr(error, "strerror", None) or error)
         raise CheckpointError(
-            f"cannot write the checkpoint to {folder} ({reason}); make room or choose another folder, "
+            f"cannot write the checkpoint to {folder} ({cause(error)}); make room or choose another folder, "
             "what was there is unchanged"
         ) from error
 

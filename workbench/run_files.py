@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
-from kimi_vl_ref.told import short
+from kimi_vl_ref.told import cause, short
 
 DTYPES = ("U8", "U16", "I32", "F16", "F32")  # a run has no other, and numpy lacks some
 LARGEST = 4 << 30  # bytes; a run with every row of attention that memory allows has about a quarter of it
@@ -47,8 +47,7 @@ def write(path: Path, text: str, arrays: Mapping[str, np.ndarray]) -> None:
     except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
         if part is not None:
             part.unlink(missing_ok=True)
-        why = short(getattr(error, "strerror", None) or error)
-        raise RunError(f"cannot write {path} ({why}); choose a folder that exists and has room") from error
+        raise RunError(f"cannot write {path} ({cause(error)}); choose a folder that exists and has room") from error
 
 
 def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:

@@ -29,7 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kimi_vl_ref.told import short
+from kimi_vl_ref.told import cause, short
 
 try:
     import fcntl
@@ -175,8 +175,9 @@ class _Journal:
             whole = self.file.write(line) == len(line)
             os.fsync(self.file.fileno())
         except OSError as error:
-            why = error.strerror
-            raise SweepError(f"{self.path} could not be written ({why}); make room on the disk and run again") from error
+            raise SweepError(
+                f"{self.path} could not be written ({cause(error)}); make room on the disk and run again"
+            ) from error
         if not whole:
             raise SweepError(f"{self.path} could not be written to its end; make room on the disk and run again")
 

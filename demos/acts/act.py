@@ -17,6 +17,13 @@ FRAME = 0.2  # seconds between two notes of progress
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "thought_budget")
 
 
+def number(value: Any, name: str, low: float, high: float) -> float:
+    """A value as it came from a browser. Raises ValueError for what is no number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}; choose a number from {low:g} to {high:g}")
+    return value
+
+
 @dataclass(frozen=True)
 class Asked:
     """A question of a panel: about which run, with which settings. `args` come from a browser: check them."""
@@ -33,10 +40,7 @@ class Asked:
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
         """A number among the args. Raises ValueError if it is missing (and has no default), no number or out of range."""
-        value = self.args.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ValueError(f"{name} is {shown(value)}; choose a number from {low:g} to {high:g}")
-        return value
+        return number(self.args.get(name, default), name, low, high)
 
     def whole(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """A whole number among the args, in low..high. Raises ValueError like `number`."""

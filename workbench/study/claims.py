@@ -26,7 +26,7 @@ from workbench.analyses.routing import kind_information
 from workbench.runs import Run, record
 from workbench.tape import attach
 
-from .evaluate import ask, count_right, messages, wilson
+from .evaluate import ask, check_json_path, count_right, messages, wilson
 from .families import make
 from .kinds import needle
 from .kinds.tiny import shrunk
@@ -294,8 +294,7 @@ def main(
     names: Sequence[str], model: str = "study", scenes: int | None = None, json_path: str | Path | None = None
 ) -> list[Claim]:
     """Prints each claim with its table; `scenes` replaces the number of scenes (or, for balance, of steps)."""
-    if json_path is not None and not Path(json_path).parent.is_dir():
-        raise ValueError(f"{json_path} cannot be written; name a file in a folder that exists with --json")
+    check_json_path(json_path)
     unknown = [name for name in names if name not in CLAIMS and name != "all"]
     if unknown:
         raise ValueError(f"there is no claim {unknown[0]!r}; choose among {', '.join(CLAIMS)} or all")

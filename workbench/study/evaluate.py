@@ -130,6 +130,12 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
+def check_json_path(path: str | Path | None) -> None:
+    """Raises ValueError for a file whose folder does not exist: before hours of answering, not after."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise ValueError(f"{path} cannot be written; name a file in a folder that exists with --json")
+
+
 def main(
     model: str = "study",
     scenes: int = 500,
@@ -141,8 +147,7 @@ def main(
     """Prints the table; `json_path` also writes the numbers."""
     if scenes < 1:
         raise ValueError(f"{scenes} scenes give no share; use 1 or more")
-    if json_path is not None and not Path(json_path).parent.is_dir():  # said before hours of answering, not after
-        raise ValueError(f"{json_path} cannot be written; name a file in a folder that exists with --json")
+    check_json_path(json_path)
     loaded, chat = load(model)
     with torch.inference_mode():
         options = {"scenes": scenes, "split": split, "thought_budget": thought_budget, "progress": True}

@@ -33,7 +33,7 @@ from kimi_vl_ref import checkpoint_folder, load
 from kimi_vl_ref.chat import Chat
 from kimi_vl_ref.config import VisionConfig
 from kimi_vl_ref.model import KimiVL
-from kimi_vl_ref.told import short
+from kimi_vl_ref.told import cause
 from kimi_vl_ref.weights import save_checkpoint
 
 from . import families, forest, tokenizer
@@ -143,10 +143,9 @@ class Run:
             os.replace(self.out / "state.json.part", self.out / "state.json")
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
-            why = short(getattr(error, "strerror", None) or error)
             raise ValueError(
-                f"the state of training could not be written to {self.out} ({why}); make room and run the same command, "
-                "which goes on from the last state that was"
+                f"the state of training could not be written to {self.out} ({cause(error)}); make room and run "
+                "the same command, which goes on from the last state that was"
             ) from error
         for old in self.out.glob("state-*.safetensors"):
             if old.name != name:

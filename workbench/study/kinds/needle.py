@@ -133,10 +133,10 @@ def _picture(rng: random.Random, name: str, number: str) -> View:
 
 def _ask_pictures(rng: random.Random, hay: _Hay, views: Sequence[View]) -> list[Question]:
     asked = []
-    for k, key, about in _straws(rng, hay, "picture", "thing in picture"):
+    for k, key, by_number in _straws(rng, hay, "picture", "thing in picture"):
         name, number, view = hay.names[k], hay.numbers[k], views[k]
         box = (view.objects[0].box,)
-        if about.endswith("thing in picture"):
+        if by_number:
             text = rng.choice(("what is in picture {}?", "which thing is in picture {}?", "name the thing in picture {}."))
             asked.append(Question("needle", text.format(number), "", name, box, key, view.size))
         else:
@@ -148,9 +148,9 @@ def _ask_pictures(rng: random.Random, hay: _Hay, views: Sequence[View]) -> list[
 def _ask_lines(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
     lines = " ".join(f"{name} {number}." for name, number in zip(hay.names, hay.numbers, strict=True))
     asked = []
-    for k, key, about in _straws(rng, hay, "number", "thing in line"):
+    for k, key, by_number in _straws(rng, hay, "number", "thing in line"):
         name, number = hay.names[k], str(hay.numbers[k])
-        if about == "thing in line":
+        if by_number:
             texts = ("what has the number {}?", "which thing has the number {}?", "name the thing with the number {}.")
             text, answer = rng.choice(texts).format(number), name
         else:
@@ -160,11 +160,13 @@ def _ask_lines(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
     return asked
 
 
-def _straws(rng: random.Random, hay: _Hay, by_name: str, by_number: str) -> list[tuple[int, str, str]]:
-    """(place in the hay, chance_key, what is asked): the needle both ways, then others both ways where that is clear."""
-    asked = [(hay.at, f"needle {about}", about) for about in (by_name, by_number)]
-    for about, values in ((by_name, hay.names), (by_number, hay.numbers)):
+def _straws(rng: random.Random, hay: _Hay, number: str, thing: str) -> list[tuple[int, str, bool]]:
+    """(place in the hay, chance_key, whether it is asked for by its number, not by its name): the needle both ways, then
+    others both ways where that is clear. `number` and `thing` say in the needle's chance_key what is wanted.
+    """
+    asked = [(hay.at, f"needle {number}", False), (hay.at, f"needle {thing}", True)]
+    for by_number, values in ((False, hay.names), (True, hay.numbers)):
         counts = Counter(values)
         clear = [k for k, value in enumerate(values) if k != hay.at and counts[value] == 1]
-        asked += [(k, "hay", about) for k in rng.sample(clear, min(STRAWS, len(clear)))]
+        asked += [(k, "hay", by_number) for k in rng.sample(clear, min(STRAWS, len(clear)))]
     return asked
