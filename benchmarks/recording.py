@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from math import comb
+from pathlib import Path
 from typing import Any
 
 from benchmarks.ways import WAYS, probabilities
@@ -108,7 +109,7 @@ def in_a_process(module: str, seconds: float, *arguments: Any) -> dict[str, Any]
     """The JSON that a module prints last, run by itself; or, as "error", what kept it from that."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=Path(__file__).parents[1])
     except subprocess.TimeoutExpired:
         return {"error": f"took longer than {seconds} s"}
     if done.returncode:

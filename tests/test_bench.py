@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,14 @@ def test_a_row_runs_in_a_process_of_its_own_and_is_written_down(tmp_path: Path, 
     (row,) = json.loads(written.read_text())["rows"]
     assert row["size"] == 6 and row["ours_ms"] > 0 and row["rounds"] == 1
     assert "| a token at context 6 |" in capsys.readouterr().out
+
+
+def test_the_installed_command_works_from_any_folder(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("kimi-vl")
+    given = ["bench", "prefill", "--config", "tiny", "--size", "6", "--rounds", "1"]
+    done = subprocess.run([command, *given], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "| prompt of 6 tokens |" in done.stdout, done.stderr
+    assert "not measured" not in done.stdout
 
 
 def test_memory_and_loading_of_both_agree(tmp_path: Path) -> None:

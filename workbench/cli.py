@@ -256,6 +256,9 @@ def bench(
 ) -> None:
     """Measure speed and memory beside transformers, ratios side by side, as Markdown tables."""
     # like `demo`, no import statement: benchmarks stand right of the workbench, and the import test allows this line
+    checkout = str(Path(__file__).parents[1])
+    if checkout not in sys.path:  # an editable install finds its packages only, and a script not its folder
+        sys.path.append(checkout)
     try:
         speed = importlib.import_module("benchmarks.speed")
     except ModuleNotFoundError as error:
