@@ -37,10 +37,10 @@ def rotation_2d(grids: list[tuple[int, int]], dim: int, dtype: torch.dtype, devi
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turns each adjacent channel pair of x (..., H, d) by its angle; the rotation (..., d/2) is shared by all heads.
     """
-    cos, sin = (part[..., None, :] for part in rotation)  # add the head axis
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # (..., H, d/2) each
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    turn = torch.complex(*rotation)[..., None, :]  # cos + i sin, with the head axis
+    wide = x.to(rotation[0].dtype).contiguous()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (..., H, d/2): even + i odd
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 def _cos_sin(angles: Tensor, dtype: torch.dtype) -> Rotation:

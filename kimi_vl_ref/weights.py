@@ -103,8 +103,9 @@ def places(model: KimiVL) -> dict[str, Place]:
             layer, e, leaf = expert.groups()
             released = released_module(f"{layer}.ffn.experts")
             table[f"{released}.{e}.{leaf}_proj.weight"] = Place(name, tuple(tensor.shape))
-        elif name.endswith((".packed.stored", ".packed.scale", ".gate_up.stored", ".down.stored")):
-            raise CheckpointError(f"{module} is kept in few bits, which the released layout has no place for; load it without")
+        elif name.endswith((".packed.stored", ".packed.scale", ".gate_up.stored", ".down.stored", ".here.gate_up")):
+            how = "in part" if name.endswith(".here.gate_up") else "in few bits"
+            raise CheckpointError(f"{module} is kept {how}, which the released layout has no place for; load it whole")
         elif module.endswith(".experts"):
             released, width = released_module(module), model.config.text.hidden_size
             for e in range(len(tensor)):

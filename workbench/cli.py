@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -48,6 +48,7 @@ def chat(
     thought_budget: Budget = None,
     seed: Seed = None,
     fit: Annotated[str | None, typer.Option(help="auto (the usual for a folder), whole, int8, int4 or mapped")] = None,
+    split: Annotated[int | None, typer.Option(min=1, help="spread the experts over so many processes, a GPU each")] = None,
 ) -> None:
     """Answer a question about pictures: the thought, dimmed, then the answer."""
     if not question.strip():
@@ -56,22 +57,25 @@ def chat(
 
     pictures = [{"type": "image", "image": path} for path in image or []]
     messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+    settings: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "thought_budget": thought_budget, "seed": seed}
+    if split is not None:
+        if fit is not None:
+            raise ValueError("--split holds the weights as they are stored, so --fit has no meaning beside it; give one of them")
+        from .together import answer
+
+        answer(model, split, messages, settings, to_the_end)
+        return
     chosen = None
     if fit is not None or model != "study":
         chosen = choose_fit(checkpoint_folder(model), fit or "auto")
         typer.echo(f"({chosen.says})", err=True)
     loaded, its_chat = load(model, fit=chosen)
-    reply = show(
-        stream_reply(
-            loaded,
-            its_chat,
-            messages,
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            thought_budget=thought_budget,
-            seed=seed,
-        )
-    )
+    to_the_end(stream_reply(loaded, its_chat, messages, **settings))
+
+
+def to_the_end(replies: Iterable[Reply]) -> None:
+    """Prints a reply as it grows, and whether it was cut off."""
+    reply = show(replies)
     if reply is not None and not reply.finished:
         typer.echo(f"(cut off after {len(reply.token_ids)} tokens)", err=True)
 
