@@ -23,7 +23,8 @@ from torch import Tensor
 from .config import KimiVLConfig, read_json
 from .images import ImageProcessor, Picture
 from .thought import CLOSE_THOUGHT, OPEN_THOUGHT
-from .told import short, shown
+from .told import cause, short, shown
+from .whole import write_whole
 
 DEFAULT_SYSTEM = "You are a helpful assistant"  # without a full stop, as in the released template
 ROLES = {"system": "<|im_system|>", "user": "<|im_user|>", "assistant": "<|im_assistant|>"}
@@ -111,10 +112,12 @@ class Tokenizer:
         return cls(ranks, names, template)
 
     def save(self, path: str | Path) -> None:
-        """Writes the two files of `from_folder`, in the released layout, into a folder (made if need be)."""
+        """Writes the two files of `from_folder`, in the released layout, into a folder (made if need be).
+
+        Neither is put in place before both are written. Raises TokenizerError for a folder that cannot be written, or a full
+        disk.
+        """
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_ranks(self.ranks, folder / "tiktoken.model")
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
         config: dict[str, Any] = {
             "added_tokens_decoder": {str(id): {"content": name, **flags} for id, name in self.named.items()},
@@ -126,7 +129,14 @@ class Tokenizer:
                 config[f"{key}_token"] = name
         config["chat_template"] = self.chat_template
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole({folder / "tiktoken.model": rank_file(self.ranks), folder / "tokenizer_config.json": text.encode()})
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot write the tokenizer to {folder} ({cause(error)}); make room or choose another folder, "
+                "what was there is unchanged"
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids below the number of ranks. Half a surrogate pair, which no file can hold, becomes U+FFFD."""
@@ -402,10 +412,9 @@ def _first_damage(lines: Sequence[bytes]) -> str:
     raise AssertionError("called for a file without damage")
 
 
-def write_ranks(ranks: Mapping[bytes, int], path: Path) -> None:
-    """The inverse of `read_ranks`, in the order of the ranks."""
-    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(_by_rank(ranks))]
-    path.write_bytes(b"".join(lines))
+def rank_file(ranks: Mapping[bytes, int]) -> bytes:
+    """What `read_ranks` reads, in the order of the ranks."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(_by_rank(ranks)))
 
 
 def _by_rank(ranks: Mapping[bytes, int]) -> list[bytes]:

@@ -100,18 +100,19 @@ def needed(config: KimiVLConfig, weights: int, dtype: torch.dtype) -> int:
 def choose_fit(folder: str | Path, way: str = "auto", *, free: Room | None = None) -> Fit:
     """The first way that fits: as stored on a GPU, 8 bits there, 4 bits there, as stored in memory, mapped from disk.
 
-    On a processor that is slow at the stored dtype, weights stay mapped whatever fits (what is read stays in memory as long as
-    there is room) and are computed with in float32. way: "auto", or one of WAYS to have it so whatever fits. free: what is to
-    be counted with, measured unless given. Raises ValueError for an unknown way, CheckpointError or ConfigError for the folder.
+    A processor that is slow at the stored dtype computes in float32; weights that are not to be in few bits then stay mapped
+    whatever fits (what is read stays in memory as long as there is room). way: "auto", or one of WAYS to have it so whatever
+    fits. free: what is to be counted with, measured unless given. Raises ValueError for an unknown way, CheckpointError or
+    ConfigError for the folder.
     """
     if way not in WAYS:
         raise ValueError(f"the way {way!r} to fit a model is not known; choose one of {', '.join(WAYS)}")
     config = read_config(Path(folder))
     fit = _first(config, way, room() if free is None else free)
-    if fit.device != "cpu" or fit.bits is not None or way == "whole" or not slow_at(fit.dtype):
+    if fit.device != "cpu" or way == "whole" or not slow_at(fit.dtype):
         return fit
     says = f"{fit.says}; computed in float32, since this processor is slow at {config.torch_dtype}"
-    return replace(fit, mapped=True, compute=torch.float32, says=says)
+    return replace(fit, mapped=fit.bits is None, compute=torch.float32, says=says)
 
 
 def _first(config: KimiVLConfig, way: str, free: Room) -> Fit:
@@ -120,10 +121,13 @@ def _first(config: KimiVLConfig, way: str, free: Room) -> Fit:
     whole = whole_bytes(config, dtype)
     device = "cpu" if free.gpu is None else "cuda"
     if way != "auto":
-        sizes = {"whole": whole, "int8": quantised_bytes(config, 8), "int4": quantised_bytes(config, 4), "mapped": whole}
         bits = {"int8": 8, "int4": 4}.get(way)
         device = "cpu" if way == "mapped" else device
-        return Fit(device, dtype, bits, way == "mapped", f"{way} on {device}, as asked: {_gb(sizes[way])} of weights")
+        size = whole
+        if bits is not None:
+            rest = torch.float32 if device == "cpu" and slow_at(dtype) else dtype  # what stays out of the bits
+            size = quantised_bytes(config, bits, rest.itemsize)
+        return Fit(device, dtype, bits, way == "mapped", f"{way} on {device}, as asked: {_gb(size)} of weights")
     if free.gpu is not None:
         if needed(config, whole, dtype) <= free.gpu:
             return Fit("cuda", dtype, None, False, f"{stored} on {free.name}: {_gb(whole)} of weights, {_gb(free.gpu)} free")
@@ -142,12 +146,12 @@ def _first(config: KimiVLConfig, way: str, free: Room) -> Fit:
 
 def load_fitted(folder: str | Path, fit: Fit) -> KimiVL:
     """The model as `fit` says."""
-    if fit.bits is not None:
-        return quantise(map_checkpoint(folder, fit.dtype), fit.bits, fit.device)
-    if not fit.mapped:
+    if fit.bits is None and not fit.mapped:
         return load_checkpoint(folder, fit.device, fit.dtype)
     model = map_checkpoint(folder, fit.dtype)
-    return model if fit.compute is None else widen(model, fit.compute)
+    if fit.compute is not None:
+        widen(model, fit.compute)  # before the bits: what goes into them is not made wide
+    return model if fit.bits is None else quantise(model, fit.bits, fit.device)
 
 
 def _gb(number: int) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from .config import KimiVLConfig, read_json
 from .model import KimiVL
 from .told import cause, short
+from .whole import write_whole
 
 # ours -> released; {i} is a layer
 MODULES = {
@@ -301,7 +302,7 @@ def save_checkpoint(
     dtype: the model's unless given; selection biases stay float32. What lies in the folder is, after a kill at any moment,
     the earlier weights or these, never some of both: shards are written under names that are not in use, and the index
     turns to them in one step. A second save of several shards is therefore named "model.1-00001-of-...", and a third as the
-    first. Tokenizer and processor files are `Chat.save`'s. Raises CheckpointError for a folder that cannot be written, or a
+    first. The tokenizer's files are `Tokenizer.save`'s. Raises CheckpointError for a folder that cannot be written, or a
     full disk.
     """
     try:
@@ -362,6 +363,4 @@ def _names(index: Path, files: list[Path]) -> bool:
 
 
 def _write_json(path: Path, data: object) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole({path: (json.dumps(data, indent=2) + "\n").encode()})

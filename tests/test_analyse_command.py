@@ -97,6 +97,9 @@ def test_a_run_is_recorded_as_asked_and_shown_as_it_grows(tmp_path: Path, capsys
         (["analyse", "coactivation", "RUN", "--group", "words"], "no group of tokens"),
         (["analyse", "domains", "RUN"], "nothing to compare"),
         (["analyse", "bias", "RUN", "--out", "RUN"], "is a file; name a folder"),
+        (["analyse", "bias", "RUN", "--model", "study"], "bias does not use --model; leave it out\n"),
+        (["analyse", "modality", "RUN", "--max-tokens", "5"], "leave it out (with run files it uses --seed)"),
+        (["analyse", "pruning", "RUN", "--against", "OTHER"], "does not use --against; leave it out"),
         (["run", "  ", "--out", "x.run"], "the question is empty"),
         (["run", "how many?", "--out", "no/such/folder/x.run"], "cannot be written to no/such/folder/x.run"),
         (["run", "how many?"], "--out"),
@@ -120,7 +123,9 @@ def test_the_list_has_a_group_for_each_kind_of_input_and_a_line_for_each_analysi
     listed = {takes: [line.split()[0] for line in lines] for takes, (_, *lines) in zip(TAKES, groups, strict=True)}
     assert listed == {takes: [name for name, entry in ENTRIES.items() if entry.takes == takes] for takes in TAKES}
     line = next(line for line in groups[0] if line.split()[0] == "expert-load")
-    assert line.split()[1] == "R1"
+    assert line.split()[1] == "R1" and line.endswith("how uneven that is")
+    line = next(line for line in groups[0] if line.split()[0] == "expert-map")
+    assert line.endswith("; one run (--layer, --picture)")
 
 
 def test_options_reach_the_analysis(folder: Path, tmp_path: Path) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from hand_made import drawn_words
 from kimi_vl_ref import Chat, KimiVL, load
 from tiny import picture, question, talking_model, tiny_chat
 from workbench import cli
 from workbench.analyses import ablations, command, given, part_sweeps, posing, probes
-from workbench.analyses.given import Entry, Posed
+from workbench.analyses.given import WAYS, Asked, Entry, Options, Posed, flag
 from workbench.analyses.lens import named_objects, shown_on
 from workbench.analyses.occlusion import deletion, map_curves
 from workbench.analyses.registry import ENTRIES
@@ -77,12 +79,44 @@ def smallest(name: str, entry: Entry, files: list[Path]) -> tuple[list[Path], di
     if entry.takes == "weights":
         return [], {}
     families = [entry.families[-1] if name != "visual-token-ablation" else "where"]
-    return [], {"families": families, "scenes": 1, "max_tokens": 60, **options}
+    if "max_tokens" in entry.uses:
+        options["max_tokens"] = 60
+    return [], {"families": families, "scenes": 1, **options}
+
+
+ASKING = {"families", "scenes", "images", "question"}  # what is asked, and read to find out which of WAYS it is
+OPTIONS = {one.name for one in fields(Options)} - {"progress"} | {"against"}
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], set[str]]:
+    """Of a name -> the options that its two functions read from then on."""
+    read: set[str] = set()
+
+    def watched(self: object, name: str) -> Any:
+        read.update({name} & OPTIONS)
+        return object.__getattribute__(self, name)
+
+    def watch(name: str) -> set[str]:
+        def afresh(asked: Asked | Posed) -> Any:
+            read.clear()  # of what checking them has read
+            return entry.analyse(asked)
+
+        entry = ENTRIES[name]
+        monkeypatch.setitem(ENTRIES, name, replace(entry, analyse=afresh))
+        return read
+
+    monkeypatch.setattr(Options, "__getattribute__", watched)
+    return watch
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_every_name_writes_a_figure_its_numbers_and_what_they_came_from(name: str, files: list[Path], tmp_path: Path) -> None:
+def test_every_name_writes_a_figure_its_numbers_and_what_they_came_from(
+    name: str, files: list[Path], tmp_path: Path, read: Callable[[str], set[str]]
+) -> None:
     paths, options = smallest(name, ENTRIES[name], files)
+    way = "run files" if paths else "weights" if ENTRIES[name].takes == "weights" else "scenes"
+    seen, heeded = read(name), set(ENTRIES[name].options(way))
     written = command.analyse(name, paths, tmp_path / "out", progress=True, **options)
     names = {path.name for path in written}
     assert {f"{name}.png", f"{name}.svg", "about.json"} <= names
@@ -92,6 +126,19 @@ def test_every_name_writes_a_figure_its_numbers_and_what_they_came_from(name: st
     assert about["analysis"] == name
     assert about["about"]["weights"] == ("none: random gradients" if name == "muon-update" else "study model")
     assert about["about"]["weights"] in (tmp_path / "out" / f"{name}.svg").read_text() or name == "muon-update"
+    assert seen - ASKING - set(WAYS[way]) == heeded - ASKING - set(WAYS[way])
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.takes in ("questions", "pictures")])
+def test_the_options_it_says_are_those_it_reads_about_a_picture_of_yours(
+    name: str, tmp_path: Path, read: Callable[[str], set[str]]
+) -> None:
+    asked = {"images": [_saved(tmp_path)], "question": "How many?", "model": "tiny", "max_tokens": 4}
+    asked = {option: value for option, value in asked.items() if option in ENTRIES[name].options("a picture of yours")}
+    seen, heeded = read(name), set(ENTRIES[name].options("a picture of yours"))
+    command.analyse(name, [], tmp_path / "out", **asked)
+    known = ASKING | set(WAYS["a picture of yours"])
+    assert seen - known == heeded - known
 
 
 # ---- what is asked
@@ -205,6 +252,38 @@ def test_curves_of_a_map_are_its_deletion_and_insertion_beside_the_controls() ->
 # ---- what is refused
 
 
+# In each way, with what does not exist, so that loading it would be another error
+Way = tuple[str, list[Path], dict[str, Any]]
+FILES: Way = ("run files", [Path("no.run")], {})
+SCENES: Way = ("scenes", [], {"families": ["nope"]})
+YOURS: Way = ("a picture of yours", [], {"images": ["no.png"], "question": "how?"})
+ASKED: dict[str, list[Way]] = {
+    "runs": [FILES, SCENES, YOURS],
+    "questions": [SCENES, YOURS],
+    "pictures": [SCENES, (*YOURS[:2], {"images": ["no.png"]})],
+    "scenes": [SCENES],
+    "weights": [("weights", [], {})],
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_option_that_would_not_be_heeded_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
+    for way, paths, asked in ASKED[ENTRIES[name].takes]:
+        for option in OPTIONS - {"families", "images", "question"} - set(ENTRIES[name].options(way)):
+            with pytest.raises(ValueError, match=f"{name} does not use {flag(option)}; leave it out"):
+                command.analyse(name, paths, tmp_path / "out", **asked, **{option: ["x"]})
+
+
+def test_what_is_none_or_empty_is_not_given(files: list[Path], tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {"layer": None, "at": None, "families": [], "experts": (), "question": "", "against": []}
+    assert command.analyse("bias", files[:1], tmp_path / "out", **nothing)
+
+
+def test_every_option_has_its_flag() -> None:
+    parameters = typer.main.get_command(cli.app).commands["analyse"].params
+    assert {flag(one) for one in OPTIONS} == {name for one in parameters for name in one.opts if name[:2] == "--"} - {"--out"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -230,6 +309,11 @@ def test_curves_of_a_map_are_its_deletion_and_insertion_beside_the_controls() ->
         (["probes", "--label", "character", "--scenes", "1"], "has a character"),
         (["localisation", "--scenes", "1"], "use --scenes 2 or more"),
         (["visual-token-dropping", "--layer", "9", "--scenes", "1"], "layer=9"),
+        (["occlusion", "--layer", "99"], "occlusion does not use --layer; leave it out (with scenes it uses --model, "),
+        (["occlusion", "--max-tokens", "160"], "does not use --max-tokens; leave it out"),
+        (["occlusion", "--image", "none.png", "--question", "how?", "--scenes", "2"], "does not use --scenes; leave it out"),
+        (["rollout", "--image", "none.png", "--question", "how?"], "does not use --question; leave it out"),
+        (["weight-spectrum", "--scenes", "3", "--at", "1,2"], "does not use --scenes and --at; leave them out (with weights"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence_and_nothing_is_written(

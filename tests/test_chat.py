@@ -172,6 +172,27 @@ def test_saving_and_loading_changes_nothing(tokenizer: Tokenizer, folder: Path, 
     assert (again.ranks, again.special, again.chat_template) == (tokenizer.ranks, tokenizer.special, CHAT_TEMPLATE)
 
 
+@pytest.mark.parametrize("failing", ["tiktoken.model", "tokenizer_config.json"])
+def test_a_save_that_fails_half_way_leaves_the_earlier_files(failing: str, folder: Path, tmp_path: Path, monkeypatch):
+    def full(path: Path, data: bytes) -> int:
+        if path.name.startswith(failing):
+            write(path, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    write = Path.write_bytes
+    Tokenizer.from_folder(folder).save(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    other = build(tmp_path / "other", [" ".join(reversed(WORDS))] * 4, n_ranks=390)
+    assert all((tmp_path / "other" / name).read_bytes() != data for name, data in before.items())
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(TokenizerError, match=re.escape(f"to {tmp_path} (No space left on device); make room")):
+        other.save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    with pytest.raises(TokenizerError, match="cannot write"):
+        other.save(tmp_path / failing)  # a file in the place of a folder
+
+
 def _damaged(lines: list[bytes], at: int, line: bytes | None) -> bytes:
     return b"\n".join([*lines[:at], *([line] if line is not None else []), *lines[at + 1 :]]) + b"\n"
 

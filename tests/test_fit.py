@@ -316,6 +316,33 @@ def test_a_processor_slow_at_bfloat16_computes_in_float32(full: Path, free: Room
     assert card.device == "cuda" and card.compute is None
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_on_a_slow_processor_are_computed_with_in_float32(
+    full: Path, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = f"int{bits}"
+    assert choose_fit(full, way, free=Room(64 * GB)).compute is None  # a quick one
+    monkeypatch.setattr(fit, "slow_at", lambda dtype: dtype == torch.bfloat16)
+    chosen = choose_fit(full, way, free=Room(64 * GB))
+    assert (chosen.device, chosen.bits, chosen.mapped, chosen.compute) == ("cpu", bits, False, torch.float32)
+    assert f"as asked: {quantised_bytes(KIMI_VL_A3B, bits, 4) / 1e9:.1f} GB" in chosen.says
+    assert "computed in float32, since this processor is slow at bfloat16" in chosen.says
+    card = choose_fit(full, way, free=Room(GB, 80 * GB, "a card"))
+    assert card.compute is None and f"{quantised_bytes(KIMI_VL_A3B, bits) / 1e9:.1f} GB" in card.says
+
+    write_standin(tmp_path / "standin", SMALL)
+    model, chat = load(tmp_path / "standin", fit=way)
+    assert held_bytes(model) == quantised_bytes(SMALL, bits, 4)
+    scales = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.bfloat16}
+    assert scales and all(name.endswith(".scale") for name in scales)
+    asked = [{"role": "user", "content": "what?"}]
+    with attach(model, ["decoder.norm"]) as tape:
+        answer = reply(model, chat, asked, max_new_tokens=3)
+    assert tape["decoder.norm"][0].dtype == torch.float32
+    plain = quantise(load(tmp_path / "standin", dtype=torch.float32)[0], bits)  # the same bits of the same weights
+    assert answer.token_ids == reply(plain, chat, asked, max_new_tokens=3).token_ids
+
+
 def test_a_model_fitted_to_a_slow_processor_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "slow_at", lambda dtype: True)
     write_standin(tmp_path / "standin", SMALL)

@@ -221,6 +221,14 @@ def test_the_single_file_says_that_changes_need_the_model(file, opening):
     assert "blank everything" in part(page, "foot").inner_text()
 
 
+# Between the words of each answer's heading and its button
+GAPS = """() => [...document.querySelector('#viewer .viewer').shadowRoot.querySelectorAll('.column h4')].map((heading) => {
+  const words = document.createRange();
+  words.selectNodeContents(heading.firstChild);
+  return heading.querySelector('button').getBoundingClientRect().left - words.getBoundingClientRect().right;
+})"""
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_of_the_panel_sticks_out(browser, address, width):
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme="dark")
@@ -233,4 +241,5 @@ def test_nothing_of_the_panel_sticks_out(browser, address, width):
     answer_again(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert outside(page) == []
+    assert len(gaps := page.evaluate(GAPS)) == 3 and min(gaps) > 5.9, gaps  # pixels are fractions
     context.close()

@@ -145,6 +145,7 @@ def record_run(
 
 @app.command()
 def analyse(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="an analysis; 'list' prints their names")],
     runs: Annotated[list[Path] | None, typer.Argument(help="run files, for analyses of recorded runs")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for figure and numbers; default: the analysis' name")] = None,
@@ -173,11 +174,7 @@ def analyse(
     if name == "list":
         typer.echo("\n".join(registry.listing()))
         return
-    written = command.analyse(
-        name,
-        runs or [],
-        out or Path(name),
-        against=against or [],
+    options = dict(
         model=model,
         families=family or [],
         scenes=scenes,
@@ -194,10 +191,18 @@ def analyse(
         samples=samples,
         max_tokens=max_tokens,
         workers=workers,
-        progress=sys.stderr.isatty(),
         seed=seed,
     )
+    # what was not typed is not passed on: an option that an analysis would not heed is refused
+    typed = {one: value for one, value in options.items() if not left_out(context, one)}
+    written = command.analyse(name, runs or [], out or Path(name), against=against or [], progress=sys.stderr.isatty(), **typed)
     typer.echo("\n".join(map(str, written)))
+
+
+def left_out(context: typer.Context, parameter: str) -> bool:
+    """Whether a parameter of the command has its default since nothing was typed. Names that are no parameter's are not."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "DEFAULT"
 
 
 @study.command("evaluate")

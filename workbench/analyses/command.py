@@ -15,7 +15,7 @@ from kimi_vl_ref import Reply, load
 from workbench.runs import Run, record
 from workbench.tape import attach
 
-from .given import Asked, Entry, Posed, name_of
+from .given import Asked, Entry, Posed, flag, name_of
 from .registry import find
 
 
@@ -60,8 +60,8 @@ def analyse(name: str, paths: Sequence[Path], out: Path, *, against: Sequence[Pa
     """Runs one analysis of ENTRIES and writes its figure (PNG and SVG) and numbers (CSV, about.json) into the folder `out`.
 
     paths are run files, for analyses that take them; options are fields of `given.Options`. Returns what was written. Raises
-    ValueError for an unknown name, for what does not fit the analysis and whatever it refuses; nothing is written then,
-    but for what a sweep had finished.
+    ValueError for an unknown name, for an option that is given (neither None nor empty) and would not be heeded, for what
+    else does not fit the analysis and whatever it refuses; nothing is written then, but for what a sweep had finished.
 
         analyse("modality", sorted(Path("runs").glob("*.run")), Path("modality"))
         analyse("head-hits", [], Path("hits"), families=["where"], scenes=40)
@@ -72,7 +72,7 @@ def analyse(name: str, paths: Sequence[Path], out: Path, *, against: Sequence[Pa
     if paths or not (options.get("families") or options.get("images")) and entry.takes == "runs":
         given: Asked | Posed = _of_files(name, entry, paths, against, options)
     else:
-        given = _posed(name, entry, out, options)
+        given = _posed(name, entry, out, against, options)
         if entry.takes == "runs":
             labels = [question.family for _, question in given.pairs] or ["picture"]
             given = Asked(given.runs, labels, [Run.load(path) for path in against], given, **options)
@@ -94,16 +94,18 @@ def _of_files(name: str, entry: Entry, paths: Sequence[Path], against: Sequence[
         raise ValueError(f"there are no runs to analyse; name run files after {name!r} (`kimi-vl run` records them)")
     if options.get("families") or options.get("images"):
         raise ValueError("run files and something to record were both given; leave out --family and --image, or the files")
+    _heeded(name, entry, "run files", {**options, "against": against})
     runs = [Run.load(path) for path in paths]
     return Asked(runs, [label_of(path) for path in paths], [Run.load(path) for path in against], **options)
 
 
-def _posed(name: str, entry: Entry, out: Path, options: dict[str, Any]) -> Posed:
+def _posed(name: str, entry: Entry, out: Path, against: Sequence[Path], options: dict[str, Any]) -> Posed:
     """What a model is asked for this entry. Raises ValueError before a model is loaded where it does not fit."""
-    given = Posed(**options, out=out)
+    given, asked = Posed(**options, out=out), {**options, "against": against}
     if entry.takes == "weights":
         if given.families or given.images:
             raise ValueError(f"{name} looks at weights alone; leave out --family and --image")
+        _heeded(name, entry, "weights", asked)
         return given
     if given.images and given.families:
         raise ValueError("scenes of a family and a picture of yours were both given; choose --family or --image")
@@ -114,8 +116,10 @@ def _posed(name: str, entry: Entry, out: Path, options: dict[str, Any]) -> Posed
     if given.question and not given.images:
         raise ValueError("a question of yours needs a picture of yours; name one with --image")
     if given.images:
+        _heeded(name, entry, "a picture of yours", asked)
         _ = given.pictures  # opened before a model is loaded
         return given
+    _heeded(name, entry, "scenes", asked)
     scenes = given.scenes if given.scenes is not None else 1 if entry.one else entry.scenes
     given = replace(given, families=given.families or entry.families, scenes=scenes)
     if scenes < 1:
@@ -124,6 +128,16 @@ def _posed(name: str, entry: Entry, out: Path, options: dict[str, Any]) -> Posed
         raise ValueError(f"{name} looks at one question, and {len(given.pairs)} were given; use one --family and --scenes 1")
     _ = given.pairs  # drawn before a model is loaded
     return given
+
+
+def _heeded(name: str, entry: Entry, way: str, options: dict[str, Any]) -> None:
+    """Raises ValueError if an option is given that this entry, asked in this way, does not heed."""
+    heeds = entry.options(way)
+    left = [flag(one) for one, value in options.items() if one not in (*heeds, "progress") and value not in (None, "", (), [])]
+    if left:
+        them = "it" if len(left) == 1 else "them"
+        uses = f" (with {way} it uses {', '.join(map(flag, heeds))})" if heeds else ""
+        raise ValueError(f"{name} does not use {' and '.join(left)}; leave {them} out{uses}")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ pictures and question (`Posed`). Whatever has to be recorded, read or loaded for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What can be asked for on the command line. What an analysis does not need it ignores; what it needs it says."""
+    """What can be asked for on the command line. `Entry.options` says which of them an analysis heeds."""
 
     model: str = "study"  # as for `load`
     families: Sequence[str] = ()
@@ -185,6 +185,15 @@ class Posed(Options):
         return found
 
 
+# With what an analysis is asked, and the options that are heeded then whatever it does
+WAYS: Mapping[str, Sequence[str]] = {
+    "run files": (),
+    "scenes": ("model", "families", "scenes", "seed"),
+    "a picture of yours": ("model", "images", "question"),
+    "weights": ("model",),
+}
+
+
 @dataclass(frozen=True)
 class Entry:
     """An analysis by name."""
@@ -198,6 +207,25 @@ class Entry:
     families: Sequence[str] = ()  # asked where none is named
     scenes: int = 20  # of each family, where nothing else is said
     sweeps: bool = False  # works case by case in processes of its own, with a bar of its own
+    uses: Sequence[str] = ()  # fields of `Options`, or "against", that its functions read, besides those of WAYS
+    uses_of_yours: Sequence[str] = ()  # and those that they read of a picture of yours alone
+
+    def options(self, way: str) -> list[str]:
+        """What it heeds of `Options` and "against" when it is asked with one of WAYS."""
+        found = [*WAYS[way], *self.uses]
+        if way == "a picture of yours":
+            found += self.uses_of_yours
+        if self.takes == "runs" and way != "run files":
+            found.append("max_tokens")  # the runs are recorded first
+        if self.takes == "pictures" and "question" in found:
+            found.remove("question")
+        return list(dict.fromkeys(found))
+
+
+def flag(option: str) -> str:
+    """ "max_tokens" of `Options` -> "--max-tokens"; what can be given several times is in the singular there."""
+    singular = {"families": "family", "images": "image", "experts": "expert"}
+    return "--" + singular.get(option, option).replace("_", "-")
 
 
 def plain(draw: Callable[[Result], Figure]) -> Callable[[Result, Any], Figure]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from .given import Entry
+from .given import Entry, flag
 from .registry_models import MODELS
 from .registry_runs import RUNS
 
@@ -29,7 +29,7 @@ def find(name: str) -> Entry:
 
 
 def listing() -> list[str]:
-    """Lines for the eye: the names in the groups of TAKES, with the number in the paper's list and what each shows."""
+    """Lines for the eye: names in the groups of TAKES, with the number in the paper's list, what each shows and its options."""
     width = max(map(len, ENTRIES))
     lines: list[str] = []
     for takes, title in TAKES.items():
@@ -40,6 +40,6 @@ def listing() -> list[str]:
 
 
 def _needs(entry: Entry) -> str:
-    if not entry.one:
-        return ""
-    return "; one run" if entry.takes == "runs" else "; one picture" if entry.takes == "pictures" else "; one question"
+    one = {"runs": "; one run", "pictures": "; one picture"}.get(entry.takes, "; one question") if entry.one else ""
+    options = ", ".join(map(flag, dict.fromkeys([*entry.uses, *entry.uses_of_yours])))
+    return f"{one} ({options})" if options else one

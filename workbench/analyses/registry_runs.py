@@ -1,6 +1,7 @@
 """Analyses of recorded runs by name, with the figure of each.
 
-To add one, write `Entry(paper, line, analyse, figure)` into RUNS: two functions of what was asked for (`given.Asked`).
+To add one, write `Entry(paper, line, analyse, figure)` into RUNS: two functions of what was asked for (`given.Asked`), and in
+`uses` the options that they read.
 """
 
 from __future__ import annotations
@@ -51,46 +52,53 @@ RUNS: dict[str, Entry] = {
     ),
     "domains": Entry(
         "R3",
-        "experts by domain; a run's domain is its file's name without the number (--group)",
+        "experts by domain; a run's domain is its file's name without the number",
         lambda asked: routing.domain_specialisation(asked.runs, asked.labels, asked.group, seed=asked.seed),
         plain(routing_figures.domains_figure),
+        uses=("group", "seed"),
     ),
     "modality": Entry(
         "R4",
         "experts of pictures and experts of text",
         lambda asked: routing.modality_specialisation(asked.runs, seed=asked.seed),
         plain(routing_figures.modality_figure),
+        uses=("seed",),
     ),
     "expert-map": Entry(
         "R4",
-        "where on a picture the experts of a layer work (--layer, --picture)",
+        "where on a picture the experts of a layer work",
         lambda asked: routing.expert_map(asked.run, asked.routed_layer, asked.picture),
         lambda result, asked: routing_figures.expert_map_figure(result, asked.run.pictures[asked.picture]),
         one=True,
+        uses=("layer", "picture"),
     ),
     "kinds": Entry(
         "",
         "what an expert's choice tells of the kind of its token, beside shuffled kinds",
         lambda asked: routing.kind_information(asked.runs, seed=asked.seed),
         plain(routing_figures.kinds_figure),
+        uses=("seed",),
     ),
     "vocabulary": Entry(
         "R5",
         "how far a token's identity settles its expert, and each expert's words",
         lambda asked: experts.vocabulary_specialisation(asked.runs, seed=asked.seed),
         plain(expert_figures.vocabulary_figure),
+        uses=("seed",),
     ),
     "coactivation": Entry(
         "R6",
-        "experts that are chosen together (--group, --layer)",
+        "experts that are chosen together",
         lambda asked: experts.coactivation(asked.runs, asked.group),
         lambda result, asked: expert_figures.coactivation_figure(result, asked.layer),
+        uses=("group", "layer"),
     ),
     "agreement": Entry(
         "R7",
-        "the same experts for the same tokens in two checkpoints (--against, one for each run)",
+        "the same experts for the same tokens in two checkpoints, one run of the second for each of the first",
         lambda asked: experts.agreement(asked.runs, asked.against),
         plain(expert_figures.agreement_figure),
+        uses=("against",),
     ),
     "repetition": Entry(
         "R8",
@@ -100,28 +108,32 @@ RUNS: dict[str, Entry] = {
     ),
     "super-experts": Entry(
         "R9",
-        "experts with an output far above all others (--model)",
+        "experts with an output far above all others",
         lambda asked: magnitudes.super_experts(asked.loaded[0], asked.trials, model_name=asked.model_name),
         plain(expert_figures.super_experts_figure),
+        uses=("model",),
     ),
     "pruning": Entry(
         "R9",
-        "what the replies lose without some experts, beside random ones (--expert, --model)",
+        "what the replies lose without some experts, beside random ones",
         _pruned,
         plain(expert_figures.pruning_figure),
+        uses=("experts", "model", "seed"),
     ),
     "shared-expert": Entry(
         "",
-        "what the shared expert writes beside the routed ones (--model)",
+        "what the shared expert writes beside the routed ones",
         lambda asked: magnitudes.shared_and_routed(asked.loaded[0], asked.trials, model_name=asked.model_name),
         plain(expert_figures.shared_figure),
+        uses=("model",),
     ),
     "selection": Entry(
         "",
-        "scores, bias and weights of one token at one layer (--position, --layer)",
+        "scores, bias and weights of one token at one layer",
         _selected,
         plain(selection_figures.selection_figure),
         one=True,
+        uses=("position", "layer"),
     ),
     "bias": Entry(
         "",
@@ -137,10 +149,11 @@ RUNS: dict[str, Entry] = {
     ),
     "difference": Entry(
         "",
-        "two runs token by token: another prompt, picture, precision or edit (--against)",
+        "two runs token by token: another prompt, picture, precision or edit",
         _compared,
         plain(selection_figures.difference_figure),
         one=True,
+        uses=("against",),
     ),
     "modality-mass": Entry(
         "V5",
@@ -157,23 +170,26 @@ RUNS: dict[str, Entry] = {
     ),
     "attention-sinks": Entry(
         "V6",
-        "positions that are looked at whatever is asked (--model)",
+        "positions that are looked at whatever is asked",
         lambda asked: looking.attention_sinks(asked.loaded[0], asked.loaded[1].processor, asked.run),
         plain(looking_figures.attention_sinks_figure),
         one=True,
+        uses=("model",),
     ),
     "massive-activations": Entry(
         "V6",
-        "single numbers that dwarf the stream (--model)",
+        "single numbers that dwarf the stream",
         lambda asked: looking.massive_activations(asked.loaded[0], asked.loaded[1].processor, asked.run),
         plain(looking_figures.massive_activations_figure),
         one=True,
+        uses=("model",),
     ),
     "localisation-heads": Entry(
         "V8",
         "heads that look at one spot of the picture",
         lambda asked: localise.localisation_heads(asked.runs, asked.picture),
         plain(localise_figures.localisation_heads_figure),
+        uses=("picture",),
     ),
     "thought-classes": Entry(
         "C1",
@@ -195,9 +211,10 @@ RUNS: dict[str, Entry] = {
     ),
     "logit-lens": Entry(
         "P1",
-        "what each layer would say next (--model)",
+        "what each layer would say next",
         lambda asked: lens.logit_lens(asked.loaded[0], asked.loaded[1], asked.run),
         plain(lens_figures.logit_lens_figure),
         one=True,
+        uses=("model",),
     ),
 }
