@@ -38,7 +38,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turns each adjacent channel pair of x (..., H, d) by its angle; the rotation (..., d/2) is shared by all heads.
     """
     turn = torch.complex(*rotation)[..., None, :]  # cos + i sin, with the head axis
-    wide = x.to(rotation[0].dtype).contiguous()
+    # copied: neighbours may only be read as one number where they begin at an even place of their storage
+    wide = x.to(rotation[0].dtype).clone(memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (..., H, d/2): even + i odd
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 

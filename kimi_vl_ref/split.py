@@ -2,7 +2,7 @@
 
 Experts are nine tenths of Kimi-VL-A3B: two cards of 24 GB hold it whole, 18.4 GB each. All processes read the same prompt
 and take the same tokens; after each mixture they sum what their experts wrote (torch.distributed, NCCL between GPUs, gloo
-between processes of a CPU). Letters: B rows, T tokens, D stream, E experts, K chosen.
+between processes of a CPU). Letters: B rows, T tokens, D stream, K chosen, F expert width.
 """
 
 from __future__ import annotations
@@ -26,15 +26,26 @@ from .model import KimiVL
 from .moe import MoE, grouped_linear, weighted_sum
 
 
+class Part(nn.Module):
+    """Some experts, stacked as in `Experts`; a module, so that nobody takes a part for a whole when saving."""
+
+    gate_up: Tensor  # (experts here, 2F, D)
+    down: Tensor  # (experts here, D, F)
+
+    def __init__(self, gate_up: Tensor, down: Tensor):
+        super().__init__()
+        self.register_buffer("gate_up", gate_up)
+        self.register_buffer("down", down)
+
+
 class SplitExperts(nn.Module):
     """In the place of `Experts`: those of this process, and the sum with what the others' wrote."""
 
     def __init__(self, experts: SeparateExperts, mine: range, device: torch.device):
         super().__init__()
         self.first = mine.start
-        self.here = nn.Module()  # a name of its own, so that nobody takes a part for a whole when saving
-        for name, parts in zip(("gate_up", "down"), zip(*map(experts.matrices, mine), strict=True), strict=True):
-            self.here.register_buffer(name, torch.stack(parts).to(device))
+        gate_up, down = zip(*map(experts.matrices, mine), strict=True)
+        self.here = Part(torch.stack(gate_up).to(device), torch.stack(down).to(device))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x (B, T, D), chosen and weights (B, T, K) -> weighted sum of the chosen experts' outputs, (B, T, D)."""

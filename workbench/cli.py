@@ -57,10 +57,11 @@ def chat(
 
     pictures = [{"type": "image", "image": path} for path in image or []]
     messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
-    settings: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "thought_budget": thought_budget, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature}
+    settings |= {"thought_budget": thought_budget, "seed": seed}
     if split is not None:
         if fit is not None:
-            raise ValueError("--split holds the weights as they are stored, so --fit has no meaning beside it; give one of them")
+            raise ValueError("--split holds weights as they are stored, and --fit says another way; give one of them")
         from .together import answer
 
         answer(model, split, messages, settings, to_the_end)
