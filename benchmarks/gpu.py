@@ -4,9 +4,9 @@
     python -m benchmarks.gpu --no-graph --only rates decode    # the eager step; some of the rows
     python -m benchmarks.gpu --small --device cpu              # the whole script on a small model, to see that it runs
 
-Rows: rates, decode, prefill, vision, long, recording. A share is the least time that the bytes or the arithmetic of the work
-take at the measured rate, over the time that it took. The graph's outputs are compared with the eager step's before anything
-is timed, transformers' with ours.
+Rows: rates, decode, prefill, vision, packed (pictures of many sizes), long, recording. A share is the least time that the bytes
+or the arithmetic of the work take at the measured rate, over the time that it took. The graph's outputs are compared with the
+eager step's before anything is timed, transformers' with ours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.graphs import FixedStep
-from benchmarks.ways_speed import active_weights, prompt
+from benchmarks.varlen import VarlenCore
+from benchmarks.ways_speed import MIXED, active_weights, prompt, swapped
+from benchmarks.ways_speed import SMALL as SMALL_PACK
 from kimi_vl_ref import KIMI_VL_A3B, KimiVL
 from kimi_vl_ref.chat import Inputs
 from kimi_vl_ref.generate import prefill as our_prefill
@@ -177,6 +179,25 @@ class Bench:
         figures |= {"share of the matrix rate": least / found["ours"], "x transformers": found["transformers"] / found["ours"]}
         self.note("vision", f"a picture of {patches:,} patches", figures)
 
+    def packed(self) -> None:
+        """Pictures of several sizes at once: a call for each size, on a GPU one call for all, and transformers."""
+        grids = SMALL_PACK if self.net.config.vision.hidden_size < 100 else MIXED
+        patch, hws = self.net.config.vision.patch_size, torch.tensor(grids)
+        pixels = torch.randn(int(hws.prod(1).sum()), 3, patch, patch, device=self.device).to(self.dtype)
+
+        def varlen() -> Tensor:
+            with swapped(self.net, VarlenCore()):
+                return self.net.see(pixels, hws)
+
+        works: dict[str, Callable[[], Tensor]] = {"ours": lambda: self.net.see(pixels, hws)}
+        works["transformers"] = lambda: self.theirs.see(pixels, hws.to(self.device))
+        if self.device.type == "cuda":
+            works["varlen"] = varlen
+        expected = works["ours"]()
+        figures = {f"{name} gap": gap(work(), expected) for name, work in works.items() if name != "ours"}
+        figures |= {f"{name} ms": ms for name, ms in self.times(**works).items()}
+        self.note("packed", f"{len(grids)} pictures of {len(pixels):,} patches", figures)
+
     def long(self) -> None:
         new = min(256, self.sizes["long"] // 2)
         tokens = self.sizes["long"] - new
@@ -234,7 +255,7 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> KimiV
     return model
 
 
-ROWS = ("decode", "prefill", "vision", "long", "recording")
+ROWS = ("decode", "prefill", "vision", "packed", "long", "recording")
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ timed, whose output must agree with that of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +132,20 @@ class MaskedCore(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
+@contextmanager
+def swapped(net: Any, core: nn.Module) -> Iterator[None]:
+    """Inside, every layer of MoonViT has `core` in the place of its own."""
+    layers = list(net.vision.layers)
+    own = [layer.attn.core for layer in layers]
+    try:
+        for layer in layers:
+            layer.attn.core = core
+        yield
+    finally:
+        for layer, one in zip(layers, own, strict=True):
+            layer.attn.core = one
+
+
 def vision(config: str, pictures: int) -> Contest:
     """1: one picture of 64 x 64 patches; 16: pictures of 96 to 1,600 patches. Pixels to visual tokens, projector included."""
     net = peers.ours(config)
@@ -141,14 +156,8 @@ def vision(config: str, pictures: int) -> Contest:
     pixels = torch.randn(patches, 3, 14, 14, generator=torch.Generator().manual_seed(3))
 
     def masked(_: Any) -> Tensor:
-        cores = [layer.attn.core for layer in net.vision.layers]  # type: ignore[union-attr]
-        try:
-            for layer in net.vision.layers:
-                layer.attn.core = MaskedCore()  # type: ignore[union-attr]
+        with swapped(net, MaskedCore()):
             return net.see(pixels, hws)
-        finally:
-            for layer, core in zip(net.vision.layers, cores, strict=True):
-                layer.attn.core = core  # type: ignore[union-attr]
 
     sizes = net.config.vision
     pairs = sum((h * w) ** 2 for h, w in grids) * 4 * sizes.hidden_size * sizes.num_hidden_layers

@@ -10,6 +10,8 @@ import torch
 
 from benchmarks import gpu, peers
 from benchmarks.graphs import FixedStep
+from benchmarks.varlen import VarlenCore
+from benchmarks.ways_speed import swapped
 from tiny import tiny_model
 
 
@@ -48,9 +50,33 @@ def test_the_whole_script_runs_small(tmp_path: Path, capsys: pytest.CaptureFixtu
     written = tmp_path / "gpu.json"
     gpu.main(["--small", "--device", "cpu", "--rounds", "1", "--json", str(written)])
     rows = json.loads(written.read_text())["rows"]
-    assert [row["work"] for row in rows] == ["rates", "rates", "decode", "decode", "prefill", "vision", "long", "recording"]
+    works = ["rates", "rates", "decode", "decode", "prefill", "vision", "packed", "long", "recording"]
+    assert [row["work"] for row in rows] == works
     assert rows[2]["graph gap"] < 1e-5 and rows[2]["transformers gap"] < 1e-4
     assert "device CPU" in capsys.readouterr().out  # nobody takes these figures for a GPU's
+
+
+@pytest.mark.parametrize("grids", [[(2, 4)], [(2, 6), (4, 2), (2, 6), (2, 2)]], ids=["one", "a pack"])
+def test_one_call_for_pictures_of_many_sizes_is_told_where_each_begins(
+    grids: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel itself needs a GPU: a plain one takes its place, by what torch's own documentation says of it."""
+
+    def plain(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == max_k == max(h * w for h, w in grids)
+        rows = []
+        for first, last in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+            scores = torch.einsum("phd,shd->hps", q[first:last], k[first:last]) * q.shape[-1] ** -0.5
+            rows.append(torch.einsum("hps,shd->phd", scores.softmax(-1), v[first:last]))
+        return torch.cat(rows)
+
+    monkeypatch.setattr("benchmarks.varlen.varlen_attn", plain)
+    model = tiny_model(2)
+    pixels = torch.randn(sum(h * w for h, w in grids), 3, 14, 14)
+    expected, own = model.vision(pixels, grids), [layer.attn.core for layer in model.vision.layers]
+    with swapped(model, VarlenCore()):
+        torch.testing.assert_close(model.vision(pixels, grids), expected)
+    assert [layer.attn.core for layer in model.vision.layers] == own
 
 
 def test_outputs_that_differ_are_refused() -> None:
