@@ -78,6 +78,16 @@ def test_the_rate_warms_up_and_falls_to_its_end():
     assert stage.rate_at(75) == pytest.approx(0.5) and stage.rate_at(99) == pytest.approx(0.02)
 
 
+def test_a_folder_whose_making_was_killed_is_completed(tmp_path):
+    train.prepare(tmp_path)
+    made = {path: path.read_bytes() for path in (tmp_path / "release").iterdir()}
+    assert len(made) == 4
+    for path in made:
+        path.unlink()
+        train.prepare(tmp_path)
+        assert {one: one.read_bytes() for one in (tmp_path / "release").iterdir()} == made
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out in (whole, parts):

@@ -35,6 +35,7 @@ from kimi_vl_ref.config import VisionConfig
 from kimi_vl_ref.model import KimiVL
 from kimi_vl_ref.told import cause
 from kimi_vl_ref.weights import save_checkpoint
+from kimi_vl_ref.whole import write_whole
 
 from . import families, forest, tokenizer
 from .batches import draw_samples, plant
@@ -270,12 +271,13 @@ def continue_briefly(model: KimiVL, chat: Chat, steps: int, seed: int, update: b
 def prepare(out: Path) -> None:
     """The tokenizer and processor files of a new run."""
     release = out / "release"
-    if not (release / "tiktoken.model").exists():
-        release.mkdir(parents=True, exist_ok=True)
+    release.mkdir(parents=True, exist_ok=True)
+    if not all((release / name).exists() for name in ("tiktoken.model", "tokenizer_config.json")):
         tokenizer.build(release, families.corpus(4000), N_RANKS)
-        (release / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
-        generation = {"eos_token_id": [CONFIG.text.eos_token_id, N_RANKS + 2], "temperature": 0.0}
-        (release / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    generation = {"eos_token_id": [CONFIG.text.eos_token_id, N_RANKS + 2], "temperature": 0.0}
+    for name, value in (("preprocessor_config.json", PREPROCESSOR), ("generation_config.json", generation)):
+        if not (release / name).exists():  # a kill may have come between them
+            write_whole({release / name: (json.dumps(value, indent=2) + "\n").encode()})
 
 
 def _work(rank: int, ranks: int, out: Path, seed: int, save_every: int, start: str | None) -> None:
@@ -304,7 +306,8 @@ def main(
     if start is None:
         prepare(out)
     elif not (out / "release").exists():
-        shutil.copytree(checkpoint_folder(start), out / "release")
+        shutil.rmtree(part := out / "release.part", ignore_errors=True)  # of a run that was killed while it copied
+        os.replace(shutil.copytree(checkpoint_folder(start), part), out / "release")
     (out / "rendezvous").unlink(missing_ok=True)
     if ranks == 1:
         _work(0, 1, out, seed, save_every, start)
