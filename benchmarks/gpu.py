@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import peers
+from benchmarks import peers, ways_speed
 from benchmarks.graphs import FixedStep
 from benchmarks.varlen import VarlenCore
-from benchmarks.ways_speed import MIXED, active_weights, prompt, swapped
-from benchmarks.ways_speed import SMALL as SMALL_PACK
+from benchmarks.ways_speed import active_weights, prompt, swapped
 from kimi_vl_ref import KIMI_VL_A3B, KimiVL
 from kimi_vl_ref.chat import Inputs
 from kimi_vl_ref.generate import prefill as our_prefill
@@ -36,7 +35,9 @@ from kimi_vl_ref.weights import empty_model
 ROUNDS = 7
 CLOSE = 0.05  # of the largest logit, in bfloat16: another order of sums, and near-tied experts; the share beyond is printed
 SIZES = {"decode": (1024, 32768, 131072), "prefill": 8192, "vision": 128, "long": 131072, "matrix": 8192, "copy": 1 << 30}
+SIZES["packed"] = ways_speed.MIXED
 SMALL = {"decode": (64, 128), "prefill": 96, "vision": 8, "long": 160, "matrix": 128, "copy": 1 << 16}
+SMALL["packed"] = ways_speed.SMALL
 
 
 class Bench:
@@ -181,7 +182,7 @@ class Bench:
 
     def packed(self) -> None:
         """Pictures of several sizes at once: a call for each size, on a GPU one call for all, and transformers."""
-        grids = SMALL_PACK if self.net.config.vision.hidden_size < 100 else MIXED
+        grids = self.sizes["packed"]
         patch, hws = self.net.config.vision.patch_size, torch.tensor(grids)
         pixels = torch.randn(int(hws.prod(1).sum()), 3, patch, patch, device=self.device).to(self.dtype)
 

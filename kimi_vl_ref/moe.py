@@ -128,8 +128,7 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # slots of the same expert side by side
         # slots each expert serves; bincount would make a GPU wait
         load = chosen.new_zeros(len(self.gate_up)).scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())
-        gate, up = grouped_linear(tokens[order // top_k], self.gate_up, load).chunk(2, dim=-1)
-        out = grouped_linear(F.silu(gate) * up, self.down, load)  # (B*T*K, D)
+        out = grouped_ffn(tokens[order // top_k], self.gate_up, self.down, load)  # (B*T*K, D)
         slots = torch.empty_like(out).index_copy(0, order, out).unflatten(0, (-1, top_k))
         return weighted_sum(slots, weights).view_as(x)
 
@@ -140,6 +139,12 @@ def weighted_sum(slots: Tensor, weights: Tensor) -> Tensor:
     In the precision of the weights (at least float32), then back.
     """
     return torch.einsum("nkd,nk->nd", slots.to(weights.dtype), weights.flatten(0, -2)).to(slots.dtype)
+
+
+def grouped_ffn(x: Tensor, gate_up: Tensor, down: Tensor, load: Tensor) -> Tensor:
+    """`DenseFFN` of expert e for row block e of x (N, D), load[e] rows long. gate_up (E, 2F, D), down (E, D, F) -> (N, D)."""
+    gate, up = grouped_linear(x, gate_up, load).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate) * up, down, load)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:

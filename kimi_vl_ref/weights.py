@@ -8,7 +8,6 @@ long context.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import deque
@@ -24,7 +23,7 @@ from torch import Tensor
 from .config import KimiVLConfig, read_json
 from .model import KimiVL
 from .told import cause, short
-from .whole import write_whole
+from .whole import write_json
 
 # ours -> released; {i} is a layer
 MODULES = {
@@ -344,13 +343,13 @@ def _save(model: KimiVL, folder: Path, dtype: torch.dtype, max_shard_bytes: int)
         os.replace(f"{file}.part", file)
         weight_map |= dict.fromkeys(names, file.name)
     if len(shards) > 1:
-        _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for file in turn[old] if old else ():
             file.unlink(missing_ok=True)
     else:
         index.unlink(missing_ok=True)  # one that an earlier, larger save left would win over the single file
     config = model.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def _names(index: Path, files: list[Path]) -> bool:
@@ -360,7 +359,3 @@ def _names(index: Path, files: list[Path]) -> bool:
     except (ValueError, KeyError, AttributeError, TypeError):
         return False
     return not named.isdisjoint(file.name for file in files)
-
-
-def _write_json(path: Path, data: object) -> None:
-    write_whole({path: (json.dumps(data, indent=2) + "\n").encode()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,3 +23,8 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Writes one file of JSON so."""
+    write_whole({path: (json.dumps(data, indent=2) + "\n").encode()})

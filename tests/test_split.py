@@ -14,7 +14,8 @@ from kimi_vl_ref import TINY, KimiVL, checkpoint_folder, load_checkpoint, save_c
 from kimi_vl_ref.chat import Inputs
 from kimi_vl_ref.experts import SeparateExperts
 from kimi_vl_ref.generate import generate
-from kimi_vl_ref.split import SplitExperts, check_ranks, in_processes, load_split
+from kimi_vl_ref.group import in_processes
+from kimi_vl_ref.split import SplitExperts, load_split
 from tiny import tiny_inputs, tiny_model
 from workbench import cli
 from workbench.study.families import make
@@ -54,7 +55,7 @@ def refuse(rank: int, device: str) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_processes_that_share_the_experts_write_what_one_writes(folder: Path, ranks: int, tmp_path: Path) -> None:
-    in_processes(ranks, work, folder, ranks, tmp_path)
+    in_processes(ranks, work, folder, ranks, tmp_path, on_gpus=False)
     stream, tokens = written(load_checkpoint(folder, dtype=torch.float32))
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     for rank in range(ranks):
@@ -83,7 +84,7 @@ def test_the_command_says_the_same_with_and_without(tmp_path: Path, capfd: pytes
 
 def test_a_refusal_in_one_process_is_one_sentence_here() -> None:
     with pytest.raises(ValueError, match="^rank 1 does not like this$"):
-        in_processes(2, refuse)
+        in_processes(2, refuse, on_gpus=False)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_a_refusal_in_one_process_is_one_sentence_here() -> None:
 def test_bad_input_is_refused_before_any_process_starts(
     given: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workbench.together.in_processes", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr("workbench.together.in_processes", lambda *_, **__: pytest.fail("a process was started"))
     assert cli.main(["chat", "what is this?", *given]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
@@ -114,9 +115,12 @@ def test_a_damaged_shard_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFi
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_ranks(TINY.text, 2)
+    monkeypatch.setattr("kimi_vl_ref.group.spawn", lambda *_, args, nprocs: started.append(nprocs))
+    started: list[int] = []
+    in_processes(2, work, on_gpus=True)
     with pytest.raises(ValueError, match="3 processes need a GPU each and this computer has 2; use at most 2"):
-        check_ranks(TINY.text, 3)
+        in_processes(3, work, on_gpus=True)
+    assert started == [2]
 
 
 def test_a_part_cannot_be_saved_as_the_whole(folder: Path, tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_an_expert_of_nobody_here_writes_nothing(monkeypatch: pytest.MonkeyPatch
     """All tokens choose experts of other processes: zeros, until the others add theirs."""
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
     experts = SeparateExperts(TINY.text)
-    split = SplitExperts(experts, range(2, 4), torch.device("cpu"))
+    split = SplitExperts(experts, range(2, 4))
     x = torch.randn(1, 3, TINY.text.hidden_size)
     chosen = torch.tensor([[[0, 1], [1, 0], [0, 1]]])
     assert not split(x, chosen, torch.ones(1, 3, 2)).any()

@@ -10,7 +10,8 @@ import torch
 
 from kimi_vl_ref import Chat, Reply, checkpoint_folder, stream_reply
 from kimi_vl_ref.fit import slow_at
-from kimi_vl_ref.split import check_ranks, in_processes, load_split
+from kimi_vl_ref.group import in_processes
+from kimi_vl_ref.split import check_ranks, load_split
 from kimi_vl_ref.weights import find_shards, read_config
 
 
@@ -28,8 +29,9 @@ def answer(
     if settings["seed"] is None:  # every process must draw the same tokens
         settings = settings | {"seed": int(torch.seed() % 2**31)}
     stored = getattr(torch, config.torch_dtype)
-    narrow = torch.cuda.is_available() or not (model == "study" or slow_at(stored))
-    in_processes(ranks, _answer, folder, ranks, stored if narrow else torch.float32, messages, settings, show)
+    on_gpus = torch.cuda.is_available()
+    dtype = stored if on_gpus or not (model == "study" or slow_at(stored)) else torch.float32
+    in_processes(ranks, _answer, folder, ranks, dtype, messages, settings, show, on_gpus=on_gpus)
 
 
 def _answer(

@@ -25,17 +25,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from kimi_vl_ref import checkpoint_folder, load
 from kimi_vl_ref.chat import Chat
 from kimi_vl_ref.config import VisionConfig
+from kimi_vl_ref.group import in_processes
 from kimi_vl_ref.model import KimiVL
 from kimi_vl_ref.told import cause
 from kimi_vl_ref.weights import save_checkpoint
-from kimi_vl_ref.whole import write_whole
+from kimi_vl_ref.whole import write_json
 
 from . import families, forest, tokenizer
 from .batches import draw_samples, plant
@@ -140,8 +140,7 @@ class Run:
         try:
             save_file({n: t.contiguous() for n, t in tensors.items()}, part)
             os.replace(part, self.out / name)
-            (self.out / "state.json.part").write_text(json.dumps(vars(self.progress)))
-            os.replace(self.out / "state.json.part", self.out / "state.json")
+            write_json(self.out / "state.json", vars(self.progress))
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             raise ValueError(
@@ -277,17 +276,13 @@ def prepare(out: Path) -> None:
     generation = {"eos_token_id": [CONFIG.text.eos_token_id, N_RANKS + 2], "temperature": 0.0}
     for name, value in (("preprocessor_config.json", PREPROCESSOR), ("generation_config.json", generation)):
         if not (release / name).exists():  # a kill may have come between them
-            write_whole({release / name: (json.dumps(value, indent=2) + "\n").encode()})
+            write_json(release / name, value)
 
 
-def _work(rank: int, ranks: int, out: Path, seed: int, save_every: int, start: str | None) -> None:
+def _work(rank: int, _device: str, ranks: int, out: Path, seed: int, save_every: int, start: str | None) -> None:
     torch.set_num_threads(1)
-    if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=ranks)
     given = None if start is None else load(start)[0]
     Run(out, seed, rank, ranks, STAGES if start is None else THEN, given).train(save_every)
-    if ranks > 1:
-        dist.destroy_process_group()
 
 
 def main(
@@ -308,8 +303,7 @@ def main(
     elif not (out / "release").exists():
         shutil.rmtree(part := out / "release.part", ignore_errors=True)  # of a run that was killed while it copied
         os.replace(shutil.copytree(checkpoint_folder(start), part), out / "release")
-    (out / "rendezvous").unlink(missing_ok=True)
     if ranks == 1:
-        _work(0, 1, out, seed, save_every, start)
+        _work(0, "cpu", 1, out, seed, save_every, start)
     else:
-        spawn(_work, args=(ranks, out, seed, save_every, start), nprocs=ranks)
+        in_processes(ranks, _work, ranks, out, seed, save_every, start, on_gpus=False)
