@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,8 @@ def in_processes(ranks: int, work: Callable[..., None], *arguments: Any, on_gpus
 def _enter(
     rank: int, ranks: int, on_gpus: bool, meeting: str, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
+    # torch interrupts them when the process that started them is gone; one started in a shell's background ignores that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if on_gpus:
         torch.cuda.set_device(rank)
     else:  # more threads than cores would wait for each other

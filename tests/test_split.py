@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,3 +144,30 @@ def test_an_expert_of_nobody_here_writes_nothing(monkeypatch: pytest.MonkeyPatch
     found = split(x, chosen, torch.ones(1, 3, 2))
     torch.testing.assert_close(found[0, 1], expected[0, 1])
     assert not found[0, [0, 2]].any()
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from kimi_vl_ref.group import in_processes
+
+def wait(rank, device, folder):
+    Path(folder, str(rank)).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    in_processes(2, wait, sys.argv[1], on_gpus=False)
+"""
+
+
+def test_processes_do_not_outlive_the_one_that_started_them(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+    # as a shell starts a command in its background: interrupts are ignored
+    command = [sys.executable, str(tmp_path / "waiting.py"), str(tmp_path)]
+    ignoring = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    started = subprocess.Popen([sys.executable, "-c", ignoring, *command], stdout=subprocess.PIPE)
+    while not all((tmp_path / str(rank)).exists() for rank in (0, 1)):
+        assert started.poll() is None
+        time.sleep(0.1)
+    started.kill()
+    started.communicate(timeout=60)  # their common output ends only when the last of them does
