@@ -11,7 +11,7 @@ from PIL import Image
 
 from workbench.study import scenes
 from workbench.study.families import PLURALS, Question
-from workbench.study.kinds import compare, frames, needle, tiny, wide
+from workbench.study.kinds import compare, frames, lines, needle, tiny, wide
 from workbench.study.scenes import COLOURS, PALETTE, SHAPES, SPLITS, ZONES, Obj, content_key, split_of_content
 from workbench.study.views import Album, View
 
@@ -469,6 +469,30 @@ def test_impossible_needles_are_refused_with_the_remedy(wrong, remedy):
         needle.draw(0, **{"variant": "pictures", **wrong})
 
 
+def test_thoughts_say_the_whole_straw_beginning_with_what_is_asked_for():
+    for album, q in asked("needle", ""):
+        hay = [f"{view.objects[0].name} picture {written(view)}" for view in album.views]
+        hay = hay if len(hay) > 1 else re.findall(r"(\w+ \w+ \d+)\.", q.text)
+        said, so = q.thought.rsplit(", so ", 1)
+        asks, words = re.split(r"\d\. ", q.text)[-1], said.split()
+        first = " ".join(words[:2]) if words[0] in COLOURS or words[0] == "picture" else words[0]
+        turned = said if words[0] in COLOURS else " ".join([*words[-2:], *words[:-2]])
+        assert turned in hay and first in asks and q.answer not in asks
+        assert so == q.answer
+
+
+def test_short_hays_are_of_lines_alone_at_every_level():
+    lengths = set()
+    for level in LEVELS:
+        for seed in range(30):
+            album, questions = lines.draw(seed, "train", level)
+            assert len(album.views) == 1 and len(questions) > 4 and {q.family for q in questions} == {"needle"}
+            lengths.add(len(re.findall(r"\d+\. ", questions[0].text)))
+    assert min(lengths) == needle.SHORTEST and max(lengths) == lines.LONGEST
+    with pytest.raises(ValueError, match="choose one of train, choose, report"):
+        lines.draw(0, "test")
+
+
 # ---- wide
 
 
@@ -514,10 +538,11 @@ def test_ends_and_ordinals_count_from_the_right_side(level):
             (side,) = [w for w in words if w in ("left", "right", "top", "bottom")]
             assert (side in ("left", "right")) == (album.size[0] > album.size[1])
             k = 0 if key == "wide end" else ["second", "third", "fourth"].index(*set(words) & {"second", "third", "fourth"}) + 1
-            if side in ("right", "bottom"):
-                row.reverse()
-            assert q.answer == row[k].name and q.targets == (row[k].box,)
-            assert q.thought in ("", ", ".join(o.name for o in row[: k + 1]) + f", so {q.answer}")
+            from_end = side in ("right", "bottom")
+            o = row[-1 - k] if from_end else row[k]
+            assert q.answer == o.name and q.targets == (o.box,)
+            listed = ", ".join(p.name for p in (row if from_end else row[: k + 1]))
+            assert q.thought == ("" if key == "wide end" else f"{listed}, so {q.answer}")
 
 
 def test_nothing_is_a_rare_answer():

@@ -88,6 +88,33 @@ def test_a_folder_whose_making_was_killed_is_completed(tmp_path):
         assert {one: one.read_bytes() for one in (tmp_path / "release").iterdir()} == made
 
 
+def test_pictures_for_the_eye_alone_move_the_eye_and_are_no_others(tmp_path):
+    (tmp_path / "one").mkdir()
+    train.prepare(tmp_path / "one")
+    stage = replace(QUICK[0], mix=MIX, batch=2, dense=0.3, also=2)
+    for ranks in (1, 2):
+        runs = [train.Run(tmp_path / "one", 5, rank, ranks, (stage,)) for rank in range(ranks)]
+        seeds = [run.seeds(1, 2) + run.seeds(1, 2, train.SEEN_ALSO) for run in runs]
+        runs[0].progress.step += 1
+        later = runs[0].seeds(1, 2) + runs[0].seeds(1, 2, train.SEEN_ALSO)
+        assert len({seed for own in seeds for seed in own}) == 4 and not {seed for own in seeds for seed in own} & set(later)
+    losses = {}
+    for also in (0, 2):
+        run = train.Run(tmp_path / "one", 5, 0, 1, (stage,))
+        run.compute_in("float32")
+        losses[also] = run.step(replace(stage, also=also), 0)
+    assert losses[2]["words"] == losses[0]["words"] and losses[2]["loss"] > losses[0]["loss"]
+
+
+def test_a_question_about_a_hay_is_never_a_second_turn(study):
+    _, chat = study
+    mix = Mix({"lines": 1.0}, second_turn=1.0)
+    samples = draw_samples(mix, [1, 2], 0.0)
+    planted = plant(chat, mix, samples)
+    for (start, stop), sample in zip(planted.trees, samples, strict=True):
+        assert int(planted.branches[start:stop].max()) == len(sample.questions) > mix.questions
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out in (whole, parts):
@@ -179,8 +206,7 @@ def test_each_branch_sees_the_pictures_and_itself():
     planted = Forest([], torch.zeros(0), [], ids, positions, branches, [(0, 6)], torch.zeros(6), torch.zeros(6))
     core = forest.TreeCore()
     core.plant(planted)
-    hidden = core.trees[0][1]
-    assert (~hidden).int().tolist() == [
+    assert (core.trees[0][1] == 0).int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],

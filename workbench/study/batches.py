@@ -24,7 +24,8 @@ from .scenes import LEVELS, Scene, scene
 from .views import Album, View
 
 Grids = list[tuple[int, int]]
-ANY_LEVEL = ("needle",)  # kinds shown at every level all the time: the longest cost most and teach no more
+# kinds shown at every level all the time: the longest cost most and teach no more; a further question costs little
+HAYS = ("needle", "lines")
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample
         # mostly the level that is due, sometimes an easier one so that nothing is forgotten
         level = mix.levels[upto if rng.random() < 0.75 else rng.randint(0, upto)]
         kind = rng.choices(kinds, shares)[0]
-        if kind in ANY_LEVEL:
+        if kind in HAYS:
             level = rng.choice(list(LEVELS))
         if kind in families.DRAWN:
             pictures, asked = families.drawn(kind, seed, "train", level)
             rng.shuffle(asked)
-            drawn.append(Sample(pictures, asked[: mix.questions], seed))
+            drawn.append(Sample(pictures, asked if kind in HAYS else asked[: mix.questions], seed))
         else:
             picture = scene(seed, "train", LEVELS[level], kind)
             drawn.append(Sample(picture, _asked(mix, picture, rng) if mix.families else [], seed))
@@ -138,10 +139,14 @@ def _alike(rows: Sequence[list[int]]) -> int:
 
 
 def _conversations(mix: Mix, asked: list[families.Question], rng: random.Random) -> list[list[families.Question]]:
-    """One branch a question; some branches hold a second one. A full list comes last, since later turns could copy it."""
+    """One branch a question; some branches hold a second one. A full list comes last, since later turns could copy it.
+
+    A question about a hay stands alone: it brings its lines along, which a second turn would hold once more.
+    """
     rows: list[list[families.Question]] = []
     for question in asked:
-        if rows and len(rows[-1]) == 1 and rng.random() < mix.second_turn:
+        alone = question.family == "needle"
+        if not alone and rows and len(rows[-1]) == 1 and rng.random() < mix.second_turn:
             rows[-1].append(question)
         else:
             rows.append([question])
@@ -166,9 +171,7 @@ def _before_user_text(chat: Chat) -> list[int]:
     return ids[: len(ids) - 1 - len(chat.tokenizer.encode("x"))]
 
 
-def branch(
-    chat: Chat, asked: Sequence[families.Question], rng: random.Random, cut: float = 0.0
-) -> tuple[list[int], list[int]]:
+def branch(chat: Chat, asked: Sequence[families.Question], rng: random.Random, cut: float = 0.0) -> tuple[list[int], list[int]]:
     """Ids from the first question's text to the last <|im_end|>, and for each the next token if it is to be learnt.
 
     A thought that is cut off teaches its answer only: where a budget ends cannot be foreseen.

@@ -25,14 +25,15 @@ class TreeCore(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trees: list[tuple[slice, Tensor]] = []  # and what each query may not see, (T, T) of one tree
+        self.trees: list[tuple[slice, Tensor]] = []  # and -inf where a query may not see, else 0: (T, T) of one tree
 
     def plant(self, forest: Forest) -> None:
         self.trees = []
         for start, stop in forest.trees:
             branch = forest.branches[start:stop]
             seen = (branch[None] == 0) | (branch[None] == branch[:, None])
-            self.trees.append((slice(start, stop), ~(seen & torch.ones_like(seen).tril())))
+            hidden = torch.zeros(seen.shape).masked_fill_(~(seen & torch.ones_like(seen).tril()), float("-inf"))
+            self.trees.append((slice(start, stop), hidden))
 
     def forward(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up: Tensor, visible: Tensor | None
@@ -41,8 +42,8 @@ class TreeCore(nn.Module):
         q = q * q.shape[-1] ** -0.5
         heads = []
         for tree, hidden in self.trees:
-            scores = (q[:, tree] @ k[:, tree].transpose(1, 2)).float().masked_fill(hidden, float("-inf"))
-            heads.append(scores.softmax(-1).to(v.dtype) @ v[:, tree])
+            scores = torch.baddbmm(hidden.to(q.dtype), q[:, tree], k[:, tree].transpose(1, 2))
+            heads.append(scores.float().softmax(-1).to(v.dtype) @ v[:, tree])
         return torch.cat(heads, dim=1).transpose(0, 1)[None]  # (1, N, H, v)
 
 

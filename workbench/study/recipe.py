@@ -73,6 +73,7 @@ class Stage:
     decay_from: float = 0.6  # share of the stage after which the rate falls linearly
     adamw_share: float = 0.5
     dense: float = 0.0  # weight of the eye's dense losses; the eye stage has nothing else
+    also: int = 0  # pictures of print a step, over all ranks, that teach the eye alone: its dense losses and no words
     readers_only: int = 0  # first steps in which the dense losses teach their readers alone, where those are new
     bias_rate: float = 3e-3
     dtype: str = ""  # of the forward and backward passes, "" for the quick one; the weights that are stepped are float32
@@ -90,6 +91,7 @@ EASY = {"describe": 3, "name": 2, "where": 2, "read": 2, "relation": 0.5, "count
 ALL = {"describe": 1.5, "name": 1, "where": 1, "read": 2, "relation": 1, "count": 1, "point": 1}
 PRINT = {"words": 0.30, "window": 0.20, "sums": 0.12, "read": 0.12, "distractors": 0.08, "any": 0.05, "chart": 0.05}
 PRINT |= {"tiny": 0.04, "frames": 0.04}
+ALSO = Mix({"words": 0.35, "read": 0.22, "sums": 0.15, "window": 0.18, "chart": 0.10}, {}, ("full",), 0)
 EVERY = {"any": 0.06, "distractors": 0.11, "objects": 0.08, "count": 0.05, "read": 0.08, "chart": 0.08, "sums": 0.10}
 EVERY |= {"words": 0.06, "window": 0.08, "compare": 0.08, "frames": 0.06, "tiny": 0.05, "needle": 0.05, "wide": 0.06}
 ASKED = {"describe": 1, "name": 0.4, "where": 0.4, "read": 2, "relation": 2, "count": 1.5, "point": 2}
@@ -104,6 +106,23 @@ MORE = {"any": 0.04, "distractors": 0.07, "objects": 0.06, "count": 0.07, "read"
 MORE |= {"words": 0.09, "window": 0.07, "compare": 0.09, "frames": 0.09, "tiny": 0.03, "needle": 0.12, "wide": 0.08}
 MORE_ASKED = {"describe": 0.5, "name": 0.25, "where": 0.25, "read": 2.5, "relation": 2.5, "count": 3, "point": 1.5}
 _AGAIN = replace(_JOINT, name="again", mix=Mix(MORE, MORE_ASKED), warm=40)
+# and again: looking things up in short lines beside everything else, then longer ones; print for the eye in every step
+LOOK = {"lines": 0.44, "needle": 0.05, "any": 0.03, "distractors": 0.05, "objects": 0.06, "count": 0.05, "read": 0.06}
+LOOK |= {"chart": 0.03, "sums": 0.07, "words": 0.06, "window": 0.05, "compare": 0.04, "frames": 0.05, "tiny": 0.02}
+LOOK |= {"wide": 0.06}
+FOUND = {"lines": 0.05, "needle": 0.12, "any": 0.03, "distractors": 0.06, "objects": 0.08, "count": 0.08, "read": 0.09}
+FOUND |= {"chart": 0.03, "sums": 0.09, "words": 0.09, "window": 0.06, "compare": 0.05, "frames": 0.06, "tiny": 0.03}
+FOUND |= {"wide": 0.09}
+FOUND_ASKED = {"describe": 0.6, "name": 0.2, "where": 0.2, "read": 2.5, "relation": 4, "count": 3, "point": 1}
+_LOOK = replace(
+    _JOINT, name="lookup", steps=380, batch=24, mix=Mix(LOOK, FOUND_ASKED), rate=2e-3, final_rate=2e-3, readers_only=60, also=16
+)
+_FOUND = replace(_LOOK, batch=32, final_rate=0.0, warm=1, decay_from=0.0, readers_only=0)
+# and what the two had pushed back: counting, neighbours, sums
+AFTER = {"lines": 0.02, "needle": 0.09, "any": 0.04, "distractors": 0.08, "objects": 0.12, "count": 0.13, "read": 0.09}
+AFTER |= {"chart": 0.03, "sums": 0.15, "words": 0.10, "window": 0.06, "compare": 0.03, "frames": 0.02, "tiny": 0.03}
+AFTER |= {"wide": 0.07}
+AFTER_ASKED = {"describe": 1, "name": 0.2, "where": 0.2, "read": 2.5, "relation": 4, "count": 4, "point": 1}
 
 # The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
 FIRST = (
@@ -120,5 +139,8 @@ THEN = (
     replace(_JOINT, name="cooldown", steps=850, final_rate=0.0, warm=1, decay_from=0.0),
     replace(_AGAIN, steps=900),
     replace(_AGAIN, name="last", steps=950, final_rate=0.0, warm=1, decay_from=0.0),
+    _LOOK,
+    replace(_FOUND, name="found", steps=460, rate=2e-3, mix=Mix(FOUND, FOUND_ASKED)),
+    replace(_FOUND, name="after", steps=190, rate=1.2e-3, warm=15, mix=Mix(AFTER, AFTER_ASKED)),
 )
 STAGES = FIRST + THEN

@@ -38,10 +38,12 @@ from kimi_vl_ref.weights import save_checkpoint
 from kimi_vl_ref.whole import write_json
 
 from . import families, forest, tokenizer
-from .batches import draw_samples, plant
+from .batches import Forest, draw_samples, plant
 from .eye import EyeHeads, eye_labels
 from .optim import Balancer, MuonAdamW, quick_dtype
-from .recipe import CONFIG, N_RANKS, PREPROCESSOR, STAGES, THEN, Stage
+from .recipe import ALSO, CONFIG, N_RANKS, PREPROCESSOR, STAGES, THEN, Stage
+
+SEEN_ALSO = 1 << 62  # seeds of pictures for the eye alone begin here, beyond those of every stage
 
 
 @dataclass
@@ -158,9 +160,7 @@ class Run:
         for index in range(self.progress.stage, len(self.stages)):
             stage = self.stages[index]
             self.compute_in(stage.dtype)
-            bar = tqdm(
-                total=stage.steps, initial=self.progress.step, desc=stage.name, disable=self.rank > 0, mininterval=5
-            )
+            bar = tqdm(total=stage.steps, initial=self.progress.step, desc=stage.name, disable=self.rank > 0, mininterval=5)
             while self.progress.step < stage.steps:
                 began = time.monotonic()
                 log = self.step(stage, index)
@@ -194,23 +194,17 @@ class Run:
 
     def step(self, stage: Stage, index: int) -> dict[str, float]:
         """One update; the loss and its parts, averaged over the ranks' last batch."""
-        step, own = self.progress.step, stage.batch // self.ranks
-        first = (self.seed << 48) + (index << 40) + step * stage.batch + self.rank * own
-        samples = draw_samples(stage.mix, list(range(first, first + own)), step / stage.steps)
+        step = self.progress.step
+        samples = draw_samples(stage.mix, self.seeds(index, stage.batch), step / stage.steps)
         log: dict[str, float] = {}
         planted = plant(self.chat, stage.mix, samples)
-        # the fused kernel's backward pass is slow for short pictures, above all in bfloat16
-        with sdpa_kernel(SDPBackend.MATH):
-            patches = self.model.vision(planted.pixel_values, planted.grids)
-        tokens = self.model.projector(patches, planted.grids)
+        patches, tokens = self.see(planted)
         loss = torch.zeros(())
         if stage.dense:
-            labels = eye_labels(planted.views, planted.grids)
-            seen = (patches.float(), tokens.float())
-            parts = self.heads(*(part.detach() if step < stage.readers_only else part for part in seen), labels)
-            loss = loss + stage.dense * torch.stack(list(parts.values())).sum()
-            if step % 20 == 19:
-                log |= {f"{n}_acc": v for n, v in self.heads.accuracies(*seen, labels).items()}
+            loss = loss + stage.dense * self.dense_loss(planted, patches, tokens, stage, log)
+        if stage.also:
+            printed = plant(self.chat, ALSO, draw_samples(ALSO, self.seeds(index, stage.also, SEEN_ALSO), 0.0))
+            loss = loss + stage.dense * self.dense_loss(printed, *self.see(printed), stage, log)
         if len(planted.input_ids):
             self.core.plant(planted)
             stream = forest.run(self.model, planted, tokens)  # (N, D)
@@ -239,6 +233,28 @@ class Run:
             log["max_violation"] = float(violation.mean())
         return log
 
+    def seeds(self, index: int, batch: int, beyond: int = 0) -> list[int]:
+        """This rank's share of the seeds of a step; no two steps of a run share one."""
+        own = batch // self.ranks
+        first = beyond + (self.seed << 48) + (index << 40) + self.progress.step * batch + self.rank * own
+        return list(range(first, first + own))
+
+    def see(self, planted: Forest) -> tuple[Tensor, Tensor]:
+        """MoonViT's output (P, V) and the projector's (M, D)."""
+        # the fused kernel's backward pass is slow for short pictures, above all in bfloat16
+        with sdpa_kernel(SDPBackend.MATH):
+            patches = self.model.vision(planted.pixel_values, planted.grids)
+        return patches, self.model.projector(patches, planted.grids)
+
+    def dense_loss(self, planted: Forest, patches: Tensor, tokens: Tensor, stage: Stage, log: dict[str, float]) -> Tensor:
+        """What the eye's readers say of these pictures, summed over their tasks; every 20 steps `log` gets how often right."""
+        labels, seen = eye_labels(planted.views, planted.grids), (patches.float(), tokens.float())
+        apart = self.progress.step < stage.readers_only
+        parts = self.heads(*(part.detach() if apart else part for part in seen), labels)
+        if self.progress.step % 20 == 19:
+            log |= {f"{n}_acc": v for n, v in self.heads.accuracies(*seen, labels).items()}
+        return torch.stack(list(parts.values())).sum()
+
     def share_gradients(self) -> None:
         if self.ranks == 1:
             return
@@ -253,7 +269,7 @@ class Run:
 
 def continue_briefly(model: KimiVL, chat: Chat, steps: int, seed: int, update: bool) -> list[float]:
     """Goes on training a copy of a model from biases of zero, with the bias update or without; MaxVio after each step."""
-    stage = replace(STAGES[-1], name="briefly", steps=steps, batch=8, rate=1e-3, final_rate=1e-3, warm=5, dense=0.0)
+    stage = replace(STAGES[-1], name="briefly", steps=steps, batch=8, rate=1e-3, final_rate=1e-3, warm=5, dense=0.0, also=0)
     stage = replace(stage, bias_rate=stage.bias_rate if update else 0.0)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), seed, 0, 1, (stage,), model, chat)

@@ -1,6 +1,7 @@
 """One thing to be found in a long context: among many numbered pictures, or among many lines of text.
 
-Length (pictures or lines) and depth (0: the first, 1: the last) can be given, to sweep them.
+Length (pictures or lines) and depth (0: the first, 1: the last) can be given, to sweep them. Thoughts say the whole straw,
+so that the words just written are what is looked up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SIDE = 84  # pixels a side of each picture: 9 visual tokens
 NUMBER_SIZE = 16
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 VARIANTS = ("pictures", "lines")
-STRAWS = 5  # others that are asked for each way
+STRAWS = (5, 5)  # others that are asked for by name and by number
 LONGEST = {"pictures": 60, "lines": 130}  # about 1,000 tokens either way
 SHORTEST = 4  # two colours by two shapes
 RARE = 13  # names that occur once in a long hay, besides those four: being rare says little about being meant
@@ -54,8 +55,9 @@ def draw(
     length: int | None = None,
     depth: float | None = None,
     variant: str | None = None,
+    straws: tuple[int, int] = STRAWS,
 ) -> tuple[Album, list[Question]]:
-    """A long context, two questions on the same needle and some on other straws; the same arguments give the same.
+    """A long context, two questions on the same needle and `straws` on others; the same arguments give the same.
 
     Without `length` it is uniform from SHORTEST to what the level allows, without `depth` the needle is anywhere,
     without `variant` ("pictures" or "lines") the seed chooses. Lines of text stand before the question, after one
@@ -83,9 +85,9 @@ def draw(
     hay = in_split(split, lambda: _lay_out(rng, variant, length, at), lambda hay: f"{hay.names}{hay.numbers}")
     if variant == "pictures":
         views = tuple(_picture(rng, name, str(k)) for name, k in zip(hay.names, hay.numbers, strict=True))
-        return Album(views, seed), _ask_pictures(rng, hay, views)
+        return Album(views, seed), _ask_pictures(rng, hay, views, straws)
     view = _picture(rng, pick(rng, [name for name in NAMES if name != hay.names[at]]), "")
-    return Album((view,), seed), _ask_lines(rng, hay, view)
+    return Album((view,), seed), _ask_lines(rng, hay, view, straws)
 
 
 def _lay_out(rng: random.Random, variant: str, length: int, at: int) -> _Hay:
@@ -131,42 +133,46 @@ def _picture(rng: random.Random, name: str, number: str) -> View:
 # ---- questions
 
 
-def _ask_pictures(rng: random.Random, hay: _Hay, views: Sequence[View]) -> list[Question]:
+def _ask_pictures(rng: random.Random, hay: _Hay, views: Sequence[View], straws: tuple[int, int]) -> list[Question]:
     asked = []
-    for k, key, by_number in _straws(rng, hay, "picture", "thing in picture"):
+    for k, key, by_number in _straws(rng, hay, straws, "picture", "thing in picture"):
         name, number, view = hay.names[k], hay.numbers[k], views[k]
         box = (view.objects[0].box,)
         if by_number:
             text = rng.choice(("what is in picture {}?", "which thing is in picture {}?", "name the thing in picture {}."))
-            asked.append(Question("needle", text.format(number), "", name, box, key, view.size))
+            thought = f"picture {number} {name}, so {name}"
+            asked.append(Question("needle", text.format(number), thought, name, box, key, view.size))
         else:
             text = rng.choice(("in which picture is the {}?", "which picture has the {}?", "find the picture with the {}."))
-            asked.append(Question("needle", text.format(name), "", f"picture {number}", box, key, view.size))
+            thought = f"{name} picture {number}, so picture {number}"
+            asked.append(Question("needle", text.format(name), thought, f"picture {number}", box, key, view.size))
     return asked
 
 
-def _ask_lines(rng: random.Random, hay: _Hay, view: View) -> list[Question]:
+def _ask_lines(rng: random.Random, hay: _Hay, view: View, straws: tuple[int, int]) -> list[Question]:
     lines = " ".join(f"{name} {number}." for name, number in zip(hay.names, hay.numbers, strict=True))
     asked = []
-    for k, key, by_number in _straws(rng, hay, "number", "thing in line"):
+    for k, key, by_number in _straws(rng, hay, straws, "number", "thing in line"):
         name, number = hay.names[k], str(hay.numbers[k])
         if by_number:
             texts = ("what has the number {}?", "which thing has the number {}?", "name the thing with the number {}.")
-            text, answer = rng.choice(texts).format(number), name
+            text, thought, answer = rng.choice(texts).format(number), f"{number} {name}", name
         else:
             text = rng.choice(("what number has the {}?", "which number has the {}?", "find the number of the {}."))
-            text, answer = text.format(name), number
-        asked.append(Question("needle", f"{lines} {text}", "", answer, (), key, view.size))
+            text, thought, answer = text.format(name), f"{name} {number}", number
+        asked.append(Question("needle", f"{lines} {text}", f"{thought}, so {answer}", answer, (), key, view.size))
     return asked
 
 
-def _straws(rng: random.Random, hay: _Hay, number: str, thing: str) -> list[tuple[int, str, bool]]:
+def _straws(
+    rng: random.Random, hay: _Hay, straws: tuple[int, int], number: str, thing: str
+) -> list[tuple[int, str, bool]]:
     """(place in the hay, chance_key, whether it is asked for by its number, not by its name): the needle both ways, then
     others both ways where that is clear. `number` and `thing` say in the needle's chance_key what is wanted.
     """
     asked = [(hay.at, f"needle {number}", False), (hay.at, f"needle {thing}", True)]
-    for by_number, values in ((False, hay.names), (True, hay.numbers)):
+    for by_number, values, n in ((False, hay.names, straws[0]), (True, hay.numbers, straws[1])):
         counts = Counter(values)
         clear = [k for k, value in enumerate(values) if k != hay.at and counts[value] == 1]
-        asked += [(k, "hay", by_number) for k in rng.sample(clear, min(STRAWS, len(clear)))]
+        asked += [(k, "hay", by_number) for k in rng.sample(clear, min(n, len(clear)))]
     return asked

@@ -127,15 +127,15 @@ def _at_end(rng: random.Random, strip: _Strip, n: int) -> list[Question]:
 
 
 def _in_order(rng: random.Random, strip: _Strip, n: int) -> list[Question]:
-    """The second, third or fourth thing from one end; the thought lists the things up to it."""
+    """The second, third or fourth thing from one end; the thought lists the things up to it, or all and counts back."""
     asked = []
     cases = [(end, k) for end in (0, 1) for k in range(1, min(4, len(strip.row)))]
     for end, k in rng.sample(cases, n):
         text = rng.choice(("what is {} from the {}?", "which thing is {} from the {}?", "name the {} thing from the {}."))
-        row = strip.row[::-1] if end else strip.row
-        thought = f"{_row(row[: k + 1])}, so {row[k].name}"
+        at = len(strip.row) - 1 - k if end else k
+        o, listed = strip.row[at], strip.row if end else strip.row[: k + 1]
         text = text.format(ORDINALS[k], ENDS[strip.lies][end])
-        asked.append(_question(strip, text, thought, row[k].name, (row[k],), "order"))
+        asked.append(_question(strip, text, f"{_row(listed)}, so {o.name}", o.name, (o,), "order"))
     return asked
 
 
@@ -143,8 +143,6 @@ def _row(things: tuple[Obj, ...]) -> str:
     return ", ".join(o.name for o in things)
 
 
-def _question(
-    strip: _Strip, text: str, thought: str, answer: str, targets: tuple[Obj, ...], about: str
-) -> Question:
+def _question(strip: _Strip, text: str, thought: str, answer: str, targets: tuple[Obj, ...], about: str) -> Question:
     boxes = tuple(o.box for o in targets)
     return Question("wide", text, thought, answer, boxes, f"wide {about}", (strip.width, strip.height))
