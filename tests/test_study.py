@@ -88,7 +88,7 @@ def test_a_folder_whose_making_was_killed_is_completed(tmp_path):
         assert {one: one.read_bytes() for one in (tmp_path / "release").iterdir()} == made
 
 
-def test_pictures_for_the_eye_alone_move_the_eye_and_are_no_others(tmp_path):
+def test_pictures_for_the_eye_alone_add_to_the_loss_and_share_no_seed(tmp_path):
     (tmp_path / "one").mkdir()
     train.prepare(tmp_path / "one")
     stage = replace(QUICK[0], mix=MIX, batch=2, dense=0.3, also=2)

@@ -140,7 +140,7 @@ THEN = (
     replace(_AGAIN, steps=900),
     replace(_AGAIN, name="last", steps=950, final_rate=0.0, warm=1, decay_from=0.0),
     _LOOK,
-    replace(_FOUND, name="found", steps=460, rate=2e-3, mix=Mix(FOUND, FOUND_ASKED)),
+    replace(_FOUND, name="found", steps=460, mix=Mix(FOUND, FOUND_ASKED)),
     replace(_FOUND, name="after", steps=190, rate=1.2e-3, warm=15, mix=Mix(AFTER, AFTER_ASKED)),
 )
 STAGES = FIRST + THEN

@@ -247,7 +247,10 @@ class Run:
         return patches, self.model.projector(patches, planted.grids)
 
     def dense_loss(self, planted: Forest, patches: Tensor, tokens: Tensor, stage: Stage, log: dict[str, float]) -> Tensor:
-        """What the eye's readers say of these pictures, summed over their tasks; every 20 steps `log` gets how often right."""
+        """What the eye's readers say of these pictures, summed over their tasks.
+
+        Every 20 steps `log` gets how often they are right; in a stage that has `also`, on those pictures, which come last.
+        """
         labels, seen = eye_labels(planted.views, planted.grids), (patches.float(), tokens.float())
         apart = self.progress.step < stage.readers_only
         parts = self.heads(*(part.detach() if apart else part for part in seen), labels)

@@ -7,7 +7,6 @@ import random
 from ..families import Question
 from ..views import Album
 from . import needle
-from .place import level_of
 
 LONGEST = 13
 STRAWS = (1, 10)  # by name, by number: to find a name from its number is the harder
@@ -16,8 +15,7 @@ STRAWS = (1, 10)  # by name, by number: to find a name from its number is the ha
 def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, list[Question]]:
     """4 to 13 lines at every level, and up to 13 questions, most of them by number; the same arguments always give the same.
 
-    Raises ValueError for an unknown split or level.
+    Raises ValueError for an unknown split or level, as `needle.draw` does.
     """
-    level_of(needle.LEVELS, level, split)
     length = random.Random(f"lines/{seed}/{split}/{level}").randint(needle.SHORTEST, LONGEST)
     return needle.draw(seed, split, level, length=length, variant="lines", straws=STRAWS)

@@ -57,7 +57,8 @@ def draw(
     variant: str | None = None,
     straws: tuple[int, int] = STRAWS,
 ) -> tuple[Album, list[Question]]:
-    """A long context, two questions on the same needle and `straws` on others; the same arguments give the same.
+    """A long context, two questions on the same needle and up to `straws` (by name, by number) on others; the same
+    arguments give the same.
 
     Without `length` it is uniform from SHORTEST to what the level allows, without `depth` the needle is anywhere,
     without `variant` ("pictures" or "lines") the seed chooses. Lines of text stand before the question, after one
