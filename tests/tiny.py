@@ -50,6 +50,7 @@ def tiny_chat() -> Chat:
 
 
 @cache
+@torch.inference_mode(False)  # whichever test asks first: gradients cannot go through weights that were made in that mode
 def talking_model() -> KimiVL:
     """A random model with the vocabulary of `tiny_chat`."""
     tokenizer = tiny_chat().tokenizer
