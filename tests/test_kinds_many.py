@@ -1,5 +1,6 @@
 """Kinds of pictures with many parts or extreme sizes: their answers are true of what is drawn, and splits share nothing."""
 
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from PIL import Image
 
 from workbench.study import scenes
 from workbench.study.families import PLURALS, Question
-from workbench.study.kinds import compare, frames, lines, needle, tiny, wide
+from workbench.study.kinds import compare, frames, lines, needle, pictures, sheet, tiny, wide
 from workbench.study.scenes import COLOURS, PALETTE, SHAPES, SPLITS, ZONES, Obj, content_key, split_of_content
 from workbench.study.views import Album, View
 
@@ -491,6 +492,52 @@ def test_short_hays_are_of_lines_alone_at_every_level():
     assert min(lengths) == needle.SHORTEST and max(lengths) == lines.LONGEST
     with pytest.raises(ValueError, match="choose one of train, choose, report"):
         lines.draw(0, "test")
+
+
+def test_hays_of_pictures_are_shorter_than_the_longest_and_numbered_from_anywhere():
+    lengths, numbers = set(), set()
+    for level in LEVELS:
+        for seed in range(30):
+            album, questions = pictures.draw(seed, "train", level)
+            shown = [number_in(written(view)) for view in album.views]
+            assert shown == list(range(shown[0], shown[0] + len(shown)))
+            for q in questions:  # the answer is the number that is printed, or the thing beside it
+                number = number_in(q.answer if q.answer.startswith("picture") else q.text)
+                assert " ".join(named(q.thought)[0]) == album.views[number - shown[0]].objects[0].name
+            numbers |= set(shown)
+            assert len(questions) > 4 and {q.family for q in questions} == {"needle"}
+            lengths.add(len(album.views))
+    assert min(lengths) == needle.SHORTEST and max(lengths) == pictures.LONGEST < needle.LONGEST["pictures"]
+    assert numbers == set(range(1, needle.LONGEST["pictures"] + 1))
+
+
+# ---- sheets of small print
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_visual_token_of_a_sheet_holds_one_text_in_small_print(split):
+    seen = 0
+    for seed in range(60):
+        album, questions = sheet.draw(seed, split)
+        (view,) = album.views
+        assert questions == [] and sheet.draw(seed, split)[0].image.tobytes() == album.image.tobytes()
+        cells: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        for _, (x0, y0, x1, y1) in view.glyphs:
+            assert 3 <= x0 and x1 <= view.size[0] - 3 and 3 <= y0 and y1 <= view.size[1] - 3 and y1 - y0 <= 17
+            cells.setdefault((int((y0 + y1) / 2 // 28), int((x0 + x1) / 2 // 28)), []).append((x0, y1))
+        for row in cells.values():  # left to right, and never one line above another
+            assert row == sorted(row) and max(y for _, y in row) - min(y for _, y in row) <= 6
+        seen += len(view.glyphs)
+    assert seen > 60 * 15
+    with pytest.raises(ValueError, match="choose one of train, choose, report"):
+        sheet.draw(0, "test")
+
+
+def test_a_word_on_a_sheet_belongs_to_its_split():
+    rng = random.Random(0)
+    for split in SPLITS:
+        words = [text.lower() for text in (sheet.a_text(rng, split) for _ in range(200)) if text.isupper()]
+        assert len(words) > 20 and all(split_of_content(word) == split for word in words)
 
 
 # ---- wide

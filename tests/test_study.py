@@ -104,6 +104,10 @@ def test_pictures_for_the_eye_alone_add_to_the_loss_and_share_no_seed(tmp_path):
         run.compute_in("float32")
         losses[also] = run.step(replace(stage, also=also), 0)
     assert losses[2]["words"] == losses[0]["words"] and losses[2]["loss"] > losses[0]["loss"]
+    run = train.Run(tmp_path / "one", 5, 0, 1, (stage,))
+    run.compute_in("float32")
+    sheets = run.step(replace(stage, beside=Mix({"sheet": 1.0}, {}, ("full",), 0)), 0)
+    assert sheets["words"] == losses[0]["words"] and sheets["loss"] not in (losses[0]["loss"], losses[2]["loss"])
 
 
 def test_a_question_about_a_hay_is_never_a_second_turn(study):

@@ -25,7 +25,7 @@ from .views import Album, View
 
 Grids = list[tuple[int, int]]
 # kinds shown at every level all the time: the longest cost most and teach no more; a further question costs little
-HAYS = ("needle", "lines")
+HAYS = ("needle", "lines", "pictures")
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ FAMILIES = {
 
 
 # Kinds of pictures that bring their own questions; each module has `draw(seed, split, level)`.
-DRAWN = ("chart", "sums", "words", "window", "compare", "frames", "tiny", "needle", "lines", "wide")
+DRAWN = ("chart", "sums", "words", "window", "compare", "frames", "tiny", "needle", "lines", "pictures", "sheet", "wide")
 
 
 def drawn(kind: str, seed: int, split: str, level: str) -> tuple[Album, list[Question]]:

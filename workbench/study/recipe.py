@@ -58,6 +58,10 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
 }
 
+# pictures of print that teach the eye alone
+ALSO = Mix({"words": 0.35, "read": 0.22, "sums": 0.15, "window": 0.18, "chart": 0.10}, {}, ("full",), 0)
+SMALL = Mix({"sheet": 0.5, "sums": 0.2, "words": 0.12, "read": 0.08, "window": 0.1}, {}, ("full",), 0)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -74,6 +78,7 @@ class Stage:
     adamw_share: float = 0.5
     dense: float = 0.0  # weight of the eye's dense losses; the eye stage has nothing else
     also: int = 0  # pictures of print a step, over all ranks, that teach the eye alone: its dense losses and no words
+    beside: Mix = ALSO  # what those pictures are
     readers_only: int = 0  # first steps in which the dense losses teach their readers alone, where those are new
     bias_rate: float = 3e-3
     dtype: str = ""  # of the forward and backward passes, "" for the quick one; the weights that are stepped are float32
@@ -91,7 +96,6 @@ EASY = {"describe": 3, "name": 2, "where": 2, "read": 2, "relation": 0.5, "count
 ALL = {"describe": 1.5, "name": 1, "where": 1, "read": 2, "relation": 1, "count": 1, "point": 1}
 PRINT = {"words": 0.30, "window": 0.20, "sums": 0.12, "read": 0.12, "distractors": 0.08, "any": 0.05, "chart": 0.05}
 PRINT |= {"tiny": 0.04, "frames": 0.04}
-ALSO = Mix({"words": 0.35, "read": 0.22, "sums": 0.15, "window": 0.18, "chart": 0.10}, {}, ("full",), 0)
 EVERY = {"any": 0.06, "distractors": 0.11, "objects": 0.08, "count": 0.05, "read": 0.08, "chart": 0.08, "sums": 0.10}
 EVERY |= {"words": 0.06, "window": 0.08, "compare": 0.08, "frames": 0.06, "tiny": 0.05, "needle": 0.05, "wide": 0.06}
 ASKED = {"describe": 1, "name": 0.4, "where": 0.4, "read": 2, "relation": 2, "count": 1.5, "point": 2}
@@ -123,6 +127,12 @@ AFTER = {"lines": 0.02, "needle": 0.09, "any": 0.04, "distractors": 0.08, "objec
 AFTER |= {"chart": 0.03, "sums": 0.15, "words": 0.10, "window": 0.06, "compare": 0.03, "frames": 0.02, "tiny": 0.03}
 AFTER |= {"wide": 0.07}
 AFTER_ASKED = {"describe": 1, "name": 0.2, "where": 0.2, "read": 2.5, "relation": 4, "count": 4, "point": 1}
+# and what was still missed: the smallest print, hays of pictures, neighbours, what stands next to what in a strip
+STILL = {"lines": 0.02, "pictures": 0.12, "needle": 0.06, "any": 0.03, "distractors": 0.07, "objects": 0.12, "count": 0.11}
+STILL |= {"read": 0.08, "chart": 0.03, "sums": 0.12, "words": 0.07, "window": 0.08, "compare": 0.03, "frames": 0.03}
+STILL |= {"tiny": 0.03, "wide": 0.08}
+STILL_ASKED = {"describe": 1, "name": 0.2, "where": 0.2, "read": 2.5, "relation": 5, "count": 4, "point": 1}
+_STILL = replace(_FOUND, rate=2e-3, warm=30, decay_from=0.3, also=32, beside=SMALL)
 
 # The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
 FIRST = (
@@ -142,5 +152,6 @@ THEN = (
     _LOOK,
     replace(_FOUND, name="found", steps=460, mix=Mix(FOUND, FOUND_ASKED)),
     replace(_FOUND, name="after", steps=190, rate=1.2e-3, warm=15, mix=Mix(AFTER, AFTER_ASKED)),
+    replace(_STILL, name="still", steps=600, mix=Mix(STILL, STILL_ASKED)),
 )
 STAGES = FIRST + THEN

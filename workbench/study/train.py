@@ -41,7 +41,7 @@ from . import families, forest, tokenizer
 from .batches import Forest, draw_samples, plant
 from .eye import EyeHeads, eye_labels
 from .optim import Balancer, MuonAdamW, quick_dtype
-from .recipe import ALSO, CONFIG, N_RANKS, PREPROCESSOR, STAGES, THEN, Stage
+from .recipe import CONFIG, N_RANKS, PREPROCESSOR, STAGES, THEN, Stage
 
 SEEN_ALSO = 1 << 62  # seeds of pictures for the eye alone begin here, beyond those of every stage
 
@@ -203,7 +203,8 @@ class Run:
         if stage.dense:
             loss = loss + stage.dense * self.dense_loss(planted, patches, tokens, stage, log)
         if stage.also:
-            printed = plant(self.chat, ALSO, draw_samples(ALSO, self.seeds(index, stage.also, SEEN_ALSO), 0.0))
+            printed = draw_samples(stage.beside, self.seeds(index, stage.also, SEEN_ALSO), 0.0)
+            printed = plant(self.chat, stage.beside, printed)
             loss = loss + stage.dense * self.dense_loss(printed, *self.see(printed), stage, log)
         if len(planted.input_ids):
             self.core.plant(planted)

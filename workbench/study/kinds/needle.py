@@ -56,14 +56,15 @@ def draw(
     depth: float | None = None,
     variant: str | None = None,
     straws: tuple[int, int] = STRAWS,
+    first: int = 1,
 ) -> tuple[Album, list[Question]]:
     """A long context, two questions on the same needle and up to `straws` (by name, by number) on others; the same
     arguments give the same.
 
     Without `length` it is uniform from SHORTEST to what the level allows, without `depth` the needle is anywhere,
-    without `variant` ("pictures" or "lines") the seed chooses. Lines of text stand before the question, after one
-    small picture that has nothing to do with it; their questions have no target boxes. Raises ValueError for an
-    unknown split, level or variant, a length outside SHORTEST..LONGEST or a depth outside 0..1.
+    without `variant` ("pictures" or "lines") the seed chooses. Pictures are numbered from `first`. Lines of text stand
+    before the question, after one small picture that has nothing to do with it; their questions have no target boxes.
+    Raises ValueError for an unknown split, level or variant, a length outside SHORTEST..LONGEST or a depth outside 0..1.
 
     Example: ``draw(7, "report", "full", length=100, depth=0.5, variant="lines")``.
     """
@@ -83,7 +84,7 @@ def draw(
     if not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}; choose 0 (the first) to 1 (the last)")
     at = min(length - 1, int(depth * length))
-    hay = in_split(split, lambda: _lay_out(rng, variant, length, at), lambda hay: f"{hay.names}{hay.numbers}")
+    hay = in_split(split, lambda: _lay_out(rng, variant, length, at, first), lambda hay: f"{hay.names}{hay.numbers}")
     if variant == "pictures":
         views = tuple(_picture(rng, name, str(k)) for name, k in zip(hay.names, hay.numbers, strict=True))
         return Album(views, seed), _ask_pictures(rng, hay, views, straws)
@@ -91,7 +92,7 @@ def draw(
     return Album((view,), seed), _ask_lines(rng, hay, view, straws)
 
 
-def _lay_out(rng: random.Random, variant: str, length: int, at: int) -> _Hay:
+def _lay_out(rng: random.Random, variant: str, length: int, at: int, first: int) -> _Hay:
     """The needle among near misses, so that no guess from the names alone is better than one in four.
 
     With the needle go one thing of its colour, one of its shape and one that has neither but shares with those two: each
@@ -110,7 +111,7 @@ def _lay_out(rng: random.Random, variant: str, length: int, at: int) -> _Hay:
     rng.shuffle(others)
     names = (*others[:at], needle, *others[at:])
     if variant == "pictures":
-        return _Hay(names, tuple(range(1, length + 1)), at)
+        return _Hay(names, tuple(range(first, first + length)), at)
     own = rng.randint(10, 99)
     free = [number for number in range(10, 100) if number != own]
     numbers = [pick(rng, free) for _ in others]
