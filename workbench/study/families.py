@@ -269,7 +269,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-# Kinds of pictures that bring their own questions; each module has `draw(seed, split, level)`.
+# Kinds of pictures that bring their own questions (`sheet` none); each module has `draw(seed, split, level)`.
 DRAWN = ("chart", "sums", "words", "window", "compare", "frames", "tiny", "needle", "lines", "pictures", "sheet", "wide")
 
 

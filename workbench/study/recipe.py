@@ -132,7 +132,9 @@ STILL = {"lines": 0.02, "pictures": 0.12, "needle": 0.06, "any": 0.03, "distract
 STILL |= {"read": 0.08, "chart": 0.03, "sums": 0.12, "words": 0.07, "window": 0.08, "compare": 0.03, "frames": 0.03}
 STILL |= {"tiny": 0.03, "wide": 0.08}
 STILL_ASKED = {"describe": 1, "name": 0.2, "where": 0.2, "read": 2.5, "relation": 5, "count": 4, "point": 1}
-_STILL = replace(_FOUND, rate=2e-3, warm=30, decay_from=0.3, also=32, beside=SMALL)
+_STILL = replace(
+    _FOUND, name="still", steps=600, mix=Mix(STILL, STILL_ASKED), warm=30, decay_from=0.3, also=32, beside=SMALL
+)
 
 # The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
 FIRST = (
@@ -152,6 +154,6 @@ THEN = (
     _LOOK,
     replace(_FOUND, name="found", steps=460, mix=Mix(FOUND, FOUND_ASKED)),
     replace(_FOUND, name="after", steps=190, rate=1.2e-3, warm=15, mix=Mix(AFTER, AFTER_ASKED)),
-    replace(_STILL, name="still", steps=600, mix=Mix(STILL, STILL_ASKED)),
+    _STILL,
 )
 STAGES = FIRST + THEN

@@ -203,8 +203,8 @@ class Run:
         if stage.dense:
             loss = loss + stage.dense * self.dense_loss(planted, patches, tokens, stage, log)
         if stage.also:
-            printed = draw_samples(stage.beside, self.seeds(index, stage.also, SEEN_ALSO), 0.0)
-            printed = plant(self.chat, stage.beside, printed)
+            samples = draw_samples(stage.beside, self.seeds(index, stage.also, SEEN_ALSO), 0.0)
+            printed = plant(self.chat, stage.beside, samples)
             loss = loss + stage.dense * self.dense_loss(printed, *self.see(printed), stage, log)
         if len(planted.input_ids):
             self.core.plant(planted)

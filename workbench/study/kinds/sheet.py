@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 from PIL import Image
 
@@ -38,8 +39,9 @@ def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, l
         if x1 - x0 > width - 6:
             continue
         x, y = rng.randint(3 - x0, width - 3 - x1), rng.randint(3 - y0, height - 3 - y1)
-        box = (float(x + x0), float(y + y0), float(x + x1), float(y + y1))
-        own = {(row, column) for row in (int(box[1]) // CELL, int(box[3]) // CELL) for column in _columns(box)}
+        x0, y0, x1, y1 = x + x0, y + y0, x + x1, y + y1
+        box = (float(x0), float(y0), float(x1), float(y1))
+        own = set(product(range(x0 // CELL, x1 // CELL + 1), range(y0 // CELL, y1 // CELL + 1)))
         if clear(box, taken) and not own & cells:  # a visual token never holds two texts: its characters have one order
             taken.append(box)
             cells |= own
@@ -47,10 +49,6 @@ def draw(seed: int, split: str = "train", level: str = "full") -> tuple[Album, l
         if len(taken) == MOST:
             break
     return Album((View(Image.fromarray(canvas.reshape(height, width, 3)), glyphs=tuple(glyphs)),), seed), []
-
-
-def _columns(box: Box) -> range:
-    return range(int(box[0]) // CELL, int(box[2]) // CELL + 1)
 
 
 def a_text(rng: random.Random, split: str) -> str:
