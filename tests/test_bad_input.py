@@ -545,6 +545,9 @@ COMMANDS: list[tuple[str, str]] = [
     ("study claim landing --json no/such/x.json", "no/such/x.json"),
     ("study train --out {text}", "is a file"),
     ("study train --start nowhere --out {folder}", "nowhere"),
+    ("study average study nowhere new", "nowhere"),
+    ("study average study study {folder}", "is there already"),
+    ("study average study study new --share 1.5", "share is 1.5"),
     ("demo --port x", "--port"),
     ("demo --host 999.1.1.1", "999.1.1.1"),
 ]

@@ -3,8 +3,9 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from statistics import median
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_every_level_and_split_gives_distinct_questions_in_plain_words(kind):
                 for q in questions:
                     assert q.family == kind and q.check(q.answer) and not q.check("no idea")
                     assert set(q.text + q.thought + q.answer) <= set("abcdefghijklmnopqrstuvwxyz0123456789 .,?:")
-                    assert not q.thought or q.thought.endswith(f", so {q.answer}")
+                    assert not q.thought or re.search(rf", so (\d )?{re.escape(q.answer)}$", q.thought)
                     assert q.size in [view.size for view in album.views]
 
 
@@ -494,8 +495,8 @@ def test_short_hays_are_of_lines_alone_at_every_level():
         lines.draw(0, "test")
 
 
-def test_hays_of_pictures_are_shorter_than_the_longest_and_numbered_from_anywhere():
-    lengths, numbers = set(), set()
+def test_hays_of_pictures_are_mostly_short_and_numbered_from_anywhere():
+    lengths, numbers = [], set()
     for level in LEVELS:
         for seed in range(30):
             album, questions = pictures.draw(seed, "train", level)
@@ -506,8 +507,8 @@ def test_hays_of_pictures_are_shorter_than_the_longest_and_numbered_from_anywher
                 assert " ".join(named(q.thought)[0]) == album.views[number - shown[0]].objects[0].name
             numbers |= set(shown)
             assert len(questions) > 4 and {q.family for q in questions} == {"needle"}
-            lengths.add(len(album.views))
-    assert min(lengths) == needle.SHORTEST and max(lengths) == pictures.LONGEST < needle.LONGEST["pictures"]
+            lengths.append(len(album.views))
+    assert min(lengths) == needle.SHORTEST and max(lengths) > 50 and median(lengths) < 20
     assert numbers == set(range(1, needle.LONGEST["pictures"] + 1))
 
 
@@ -558,6 +559,10 @@ def test_full_strips_are_ten_to_one_both_ways_and_stay_small():
     assert shapes == {True, False}
 
 
+def counted_off(names: Sequence[str]) -> str:
+    return ", ".join(f"{k + 1} {name}" for k, name in enumerate(names))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_neighbours_in_the_strip_are_adjacent(level):
     for album, q in asked("wide", "wide next", level):
@@ -573,7 +578,8 @@ def test_neighbours_in_the_strip_are_adjacent(level):
         at = names.index(name) + (-1 if way in ("left of", "above") else 1)
         assert q.answer == (names[at] if 0 <= at < len(names) else "nothing")
         upto = max(names.index(name), min(at, len(names) - 1)) + 1
-        assert q.thought == ", ".join(names[:upto]) + f", so {q.answer}"
+        so = q.answer if q.answer == "nothing" else f"{at + 1} {q.answer}"
+        assert q.thought == f"{counted_off(names[:upto])}, so {so}"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -588,8 +594,9 @@ def test_ends_and_ordinals_count_from_the_right_side(level):
             from_end = side in ("right", "bottom")
             o = row[-1 - k] if from_end else row[k]
             assert q.answer == o.name and q.targets == (o.box,)
-            listed = ", ".join(p.name for p in (row if from_end else row[: k + 1]))
-            assert q.thought == ("" if key == "wide end" else f"{listed}, so {q.answer}")
+            listed = counted_off([p.name for p in (row if from_end else row[: k + 1])])
+            so = f"{len(row) - k if from_end else k + 1} {q.answer}"
+            assert q.thought == ("" if key == "wide end" else f"{listed}, so {so}")
 
 
 def test_nothing_is_a_rare_answer():

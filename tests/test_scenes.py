@@ -21,6 +21,7 @@ from workbench.study.families import (
 from workbench.study.scenes import (
     COLOURS,
     KINDS,
+    LARGE,
     LEVELS,
     NO_GLYPH,
     NO_OBJECT,
@@ -211,6 +212,14 @@ def test_most_scenes_of_three_or_more_need_colour_and_shape(scenes):
         )
 
 
+def test_large_scenes_keep_their_level_in_all_but_their_size():
+    for level in ("first", "full"):
+        drawn = [scene(seed, "train", level, "large") for seed in range(20)]
+        sides = [side for s in drawn for side in s.size]
+        assert LARGE[0] <= min(sides) and LEVELS["full"].size[1] < min(sides) and 450 < max(sides) <= LARGE[1]
+        assert max(len(s.objects) for s in drawn) <= LEVELS[level].objects[1]
+
+
 @pytest.mark.parametrize("wrong", [{"split": "test"}, {"level": "tiny"}, {"kind": "photo"}])
 def test_unknown_names_are_refused_with_the_choices(wrong):
     with pytest.raises(ValueError, match="choose one of"):
@@ -310,7 +319,7 @@ def test_counts_and_their_thoughts_add_up(asked):
             assert colour or shape
             found = [o for o in s.objects if colour in (None, o.colour) and shape in (None, o.shape)]
             assert q.answer == str(len(found))
-            listed = ", ".join(f"{o.colour} {o.shape} {o.zone}" for o in found) or "none"
+            listed = ", ".join(f"{k} {o.colour} {o.shape} {o.zone}" for k, o in enumerate(found, 1)) or "none"
             assert q.thought == f"{listed}, so {len(found)}"
             assert sorted(q.targets) == sorted(o.box for o in found)
             seen.add(q.answer)
@@ -341,19 +350,28 @@ def test_read_gives_the_number(asked):
 
 
 def test_relations_hold_in_the_picture(asked):
+    misses = 0
     for s, q in asked:
         if q.family == "relation":
             (direction,) = [d for d in DIRECTIONS if f" {d} " in q.text]
             o = _named(s, q.text)
             dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[direction]
-            ahead = {}
+            ahead, off = {}, {}
             for p in s.objects:
                 x, y = p.centre[0] - o.centre[0], p.centre[1] - o.centre[1]
                 forward, sideways = x * dx + y * dy, abs(x * dy) + abs(y * dx)
-                if forward > 0 and sideways <= forward / 2:
-                    ahead[forward] = p.name
-            assert q.answer == (ahead[min(ahead)] if ahead else "nothing")
-            assert q.thought.startswith(f"{o.name} {o.zone}, ") and q.thought.endswith(f"so {q.answer}")
+                if forward > 0:
+                    off[sideways / forward] = p
+                    if sideways <= forward / 2:
+                        ahead[forward] = p
+            assert q.answer == (ahead[min(ahead)].name if ahead else "nothing")
+            # where both stand, the thing or the nearest miss, then what follows from it
+            seen = [o, *([ahead[min(ahead)]] if ahead else [off[min(off)]] if off else [])]
+            places = [(p, 100 * p.centre[0] / s.size[0], 100 * p.centre[1] / s.size[1]) for p in seen]
+            said = [f"{p.name} {p.zone} {int(x):02d} {int(y):02d}" for p, x, y in places]
+            assert q.thought == f"{', '.join(said)}, so {q.answer}"
+            misses += not ahead and bool(off)
+    assert misses
 
 
 def test_doubtful_neighbours_are_not_clear():

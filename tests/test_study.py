@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from kimi_vl_ref import load
 from kimi_vl_ref.images import PatchGrid
-from workbench.study import evaluate, families, forest, optim, train
+from kimi_vl_ref.weights import save_checkpoint
+from workbench.study import average, evaluate, families, forest, optim, train
 from workbench.study.batches import Forest, Mix, branch, draw_samples, plant, shared_part, written_reply
 from workbench.study.eye import NO_OBJECT, cell_labels
 from workbench.study.optim import Balancer, MuonAdamW, as_matrices, orthogonalise
@@ -234,6 +236,26 @@ def test_cell_labels_put_each_object_where_its_centre_is():
             assert xy[cell] == pytest.approx((thing.centre[0] / drawn.size[0], thing.centre[1] / drawn.size[1]))
             labelled[cell] = thing
     assert len(labelled) == ((centre != NO_OBJECT) & (centre >= 0)).sum()
+
+
+def test_the_average_of_two_sets_of_weights_lies_between_them(study, tmp_path):
+    model, chat = study
+    old = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in old.parameters():
+            value += torch.randn(value.shape, generator=generator) / 8
+        old.decoder.layers[1].ffn.router.chosen.bias += 0.5
+    save_checkpoint(old, shutil.copytree(CHECKPOINT, tmp_path / "old"))
+    average.main("study", tmp_path / "old", tmp_path / "new", 0.75)
+    between, _ = load(tmp_path / "new", dtype=torch.float32)
+    asked = [{"role": "user", "content": "where is the red star?"}]
+    assert load(tmp_path / "new")[1].prompt(asked).input_ids == chat.prompt(asked).input_ids
+    a, b = model.state_dict(), old.state_dict()
+    for name, value in between.state_dict().items():
+        expected = (3 * a[name] + b[name]) / 4
+        torch.testing.assert_close(value, expected, rtol=2**-8, atol=1e-6, msg=name)
+    assert not (tmp_path / "new" / "evaluation.json").exists()  # its figures are those of other weights
 
 
 def test_the_shipped_checkpoint_beats_constant_answers_clearly(study):

@@ -255,6 +255,19 @@ def study_train(
     main(out=out, seed=seed, ranks=ranks, save_every=save_every, start=start)
 
 
+@study.command("average")
+def study_average(
+    new: Annotated[str, typer.Argument(help="'study', or a checkpoint folder")],
+    old: Annotated[str, typer.Argument(help="another of the same sizes, from which the new one was trained")],
+    out: Annotated[Path, typer.Argument(help="a folder that is not there yet")],
+    share: Annotated[float, typer.Option(help="of the new weights, 0 to 1")] = 0.75,
+) -> None:
+    """Average two sets of weights, stored as the shipped ones are."""
+    from .study.average import main
+
+    main(new, old, out, share)
+
+
 @app.command()
 def bench(
     work: Annotated[str, typer.Argument(help="prefill, decode, batch, vision, memory, load, long, or all")],

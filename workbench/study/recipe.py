@@ -135,6 +135,13 @@ STILL_ASKED = {"describe": 1, "name": 0.2, "where": 0.2, "read": 2.5, "relation"
 _STILL = replace(
     _FOUND, name="still", steps=600, mix=Mix(STILL, STILL_ASKED), warm=30, decay_from=0.3, also=32, beside=SMALL
 )
+# and once more from the average of the two sets of weights before, with thoughts that number what is alike and say where
+# things stand, hays of pictures of any length, twice the print for the eye, and every question on large pictures too
+BEYOND = {"large": 0.05, "lines": 0.02, "pictures": 0.13, "needle": 0.06, "any": 0.03, "distractors": 0.06, "objects": 0.12}
+BEYOND |= {"count": 0.11, "read": 0.09, "chart": 0.03, "sums": 0.10, "words": 0.05, "window": 0.06, "compare": 0.04}
+BEYOND |= {"frames": 0.02, "tiny": 0.02, "wide": 0.09}
+BEYOND_ASKED = {"describe": 1, "name": 0.5, "where": 0.5, "read": 2.5, "relation": 5, "count": 4, "point": 1}
+_BEYOND = replace(_STILL, name="beyond", steps=500, mix=Mix(BEYOND, BEYOND_ASKED), also=64)
 
 # The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
 FIRST = (
@@ -155,5 +162,6 @@ THEN = (
     replace(_FOUND, name="found", steps=460, mix=Mix(FOUND, FOUND_ASKED)),
     replace(_FOUND, name="after", steps=190, rate=1.2e-3, warm=15, mix=Mix(AFTER, AFTER_ASKED)),
     _STILL,
+    _BEYOND,
 )
 STAGES = FIRST + THEN

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -33,11 +33,12 @@ ZONES = (
     "middle left", "centre", "middle right",
     "bottom left", "bottom middle", "bottom right",
 )  # fmt: skip
-KINDS = ("any", "objects", "distractors", "count", "read")
+KINDS = ("any", "objects", "distractors", "count", "read", "large")
 SPLITS = ("train", "choose", "report")
 GLYPHS = {character: at for at, character in enumerate("0123456789abcdefghijklmnopqrstuvwxyz")}  # case is not told apart
 NO_OBJECT, NO_GLYPH, UNSURE = len(COLOURS) * len(SHAPES), len(GLYPHS), -100
 
+LARGE = (225, 504)  # pixels a side of the kind "large": up to those of `tiny`, which asks other questions
 GAP = 4  # free pixels between two things
 ZONE_MARGIN = 3.0  # a centre stays this many pixels off the lines between zones, so no place is a coin toss
 
@@ -183,7 +184,8 @@ def scene(seed: int, split: str = "train", level: Level | str = "full", kind: st
     """The scene of this seed, split, level and kind; the same arguments always give the same picture.
 
     Kinds: "objects" (shapes), "distractors" (some unique object shares its colour with one other and its
-    shape with another), "count" (0 to 5 objects alike), "read" (always a number), "any" (a mixture of these).
+    shape with another), "count" (0 to 5 objects alike), "read" (always a number), "any" (a mixture of these), "large" (the
+    same mixture on LARGE pictures, at every level).
     A level that allows fewer than three objects cannot hold distractors and gives plain objects instead.
     """
     if isinstance(level, str):
@@ -195,7 +197,9 @@ def scene(seed: int, split: str = "train", level: Level | str = "full", kind: st
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
     rng = random.Random(f"{seed}/{split}/{level.name}/{kind}")
-    if kind == "any":
+    if kind == "large":
+        level = replace(level, size=LARGE)
+    if kind in ("any", "large"):
         kind = rng.choices(("objects", "distractors", "count", "read"), (25, 30, 20, 25))[0]
     if kind == "distractors" and level.objects[1] < 3:
         kind = "objects"

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from ..drawing import paper
-from ..families import Question
+from ..families import Question, numbered
 from ..scenes import COLOURS, SHAPES, Obj, has_distractors, is_unique
 from ..views import Album
 from .place import in_split, level_of, other, pick, show, thing, tint
@@ -113,7 +113,8 @@ def _next_to(rng: random.Random, strip: _Strip, n: int) -> list[Question]:
         answer = strip.row[k + way].name if there else "nothing"
         targets = (strip.row[k + way], strip.row[k]) if there else (strip.row[k],)
         upto = min(max(k, k + way), len(strip.row) - 1)
-        asked.append(_question(strip, text, f"{_row(strip.row[: upto + 1])}, so {answer}", answer, targets, "next"))
+        thought = _row(strip, upto, k + way) if there else f"{_row(strip, upto)}, so nothing"
+        asked.append(_question(strip, text, thought, answer, targets, "next"))
     return asked
 
 
@@ -127,20 +128,22 @@ def _at_end(rng: random.Random, strip: _Strip, n: int) -> list[Question]:
 
 
 def _in_order(rng: random.Random, strip: _Strip, n: int) -> list[Question]:
-    """The second, third or fourth thing from one end; the thought lists the things up to it, or all and counts back."""
+    """The second, third or fourth thing from one end; the thought numbers the things up to it, or all."""
     asked = []
     cases = [(end, k) for end in (0, 1) for k in range(1, min(4, len(strip.row)))]
     for end, k in rng.sample(cases, n):
         text = rng.choice(("what is {} from the {}?", "which thing is {} from the {}?", "name the {} thing from the {}."))
         at = len(strip.row) - 1 - k if end else k
-        o, listed = strip.row[at], strip.row if end else strip.row[: k + 1]
+        o, upto = strip.row[at], len(strip.row) - 1 if end else k
         text = text.format(ORDINALS[k], ENDS[strip.lies][end])
-        asked.append(_question(strip, text, f"{_row(listed)}, so {o.name}", o.name, (o,), "order"))
+        asked.append(_question(strip, text, _row(strip, upto, at), o.name, (o,), "order"))
     return asked
 
 
-def _row(things: tuple[Obj, ...]) -> str:
-    return ", ".join(o.name for o in things)
+def _row(strip: _Strip, upto: int, chosen: int | None = None) -> str:
+    """ "1 red star, 2 blue star, so 1 red star": the things up to one place, and the chosen one."""
+    row = numbered(o.name for o in strip.row[: upto + 1])
+    return row if chosen is None else f"{row}, so {chosen + 1} {strip.row[chosen].name}"
 
 
 def _question(strip: _Strip, text: str, thought: str, answer: str, targets: tuple[Obj, ...], about: str) -> Question:
