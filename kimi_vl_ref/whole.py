@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,3 +30,12 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
 def write_json(path: Path, data: object) -> None:
     """Writes one file of JSON so."""
     write_whole({path: (json.dumps(data, indent=2) + "\n").encode()})
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The path of a folder to make and fill, which takes the place of `folder` when all is there; see `write_whole`."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+    yield part
+    os.replace(part, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from kimi_vl_ref import checkpoint_folder, load
 from kimi_vl_ref.weights import save_checkpoint
+from kimi_vl_ref.whole import whole_folder
 
 DTYPE = torch.bfloat16
 
@@ -34,8 +34,6 @@ def main(new: str | Path, old: str | Path, out: str | Path, share: float) -> Non
     a.load_state_dict({name: torch.lerp(others[name], value, share) for name, value in a.state_dict().items()})
     a = a.to(DTYPE)
     a.config = dataclasses.replace(a.config, torch_dtype=str(DTYPE).removeprefix("torch."))
-    part = out.with_name(f"{out.name}.part")  # of a run that was killed, or of this one
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(new, part, ignore=shutil.ignore_patterns("*.safetensors*", "README.md", "evaluation.json", "log.jsonl"))
-    save_checkpoint(a, part)
-    os.replace(part, out)
+    not_copied = shutil.ignore_patterns("*.safetensors*", "README.md", "evaluation.json", "log.jsonl")
+    with whole_folder(out) as part:
+        save_checkpoint(a, shutil.copytree(new, part, ignore=not_copied))
