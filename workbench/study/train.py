@@ -35,7 +35,7 @@ from kimi_vl_ref.group import in_processes
 from kimi_vl_ref.model import KimiVL
 from kimi_vl_ref.told import cause
 from kimi_vl_ref.weights import save_checkpoint
-from kimi_vl_ref.whole import write_json
+from kimi_vl_ref.whole import whole_folder, write_json
 
 from . import families, forest, tokenizer
 from .batches import Forest, draw_samples, plant
@@ -321,8 +321,8 @@ def main(
     if start is None:
         prepare(out)
     elif not (out / "release").exists():
-        shutil.rmtree(part := out / "release.part", ignore_errors=True)  # of a run that was killed while it copied
-        os.replace(shutil.copytree(checkpoint_folder(start), part), out / "release")
+        with whole_folder(out / "release") as part:
+            shutil.copytree(checkpoint_folder(start), part)
     if ranks == 1:
         _work(0, "cpu", 1, out, seed, save_every, start)
     else:
