@@ -560,8 +560,11 @@ def test_full_strips_are_ten_to_one_both_ways_and_stay_small():
     assert shapes == {True, False}
 
 
-def counted_off(names: Sequence[str]) -> str:
-    return ", ".join(f"{k + 1} {name}" for k, name in enumerate(names))
+def counted_off(row: Sequence[Obj], size: tuple[int, int]) -> str:
+    """Each with its number and how far along the strip its middle is, in hundredths."""
+    axis = 0 if size[0] > size[1] else 1
+    along = [(o.box[axis] + o.box[axis + 2]) / 2 / size[axis] for o in row]
+    return ", ".join(f"{k + 1} {o.name} {int(100 * at):02d}" for k, (o, at) in enumerate(zip(row, along, strict=True)))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -580,7 +583,7 @@ def test_neighbours_in_the_strip_are_adjacent(level):
         assert q.answer == (names[at] if 0 <= at < len(names) else "nothing")
         upto = max(names.index(name), min(at, len(names) - 1)) + 1
         so = q.answer if q.answer == "nothing" else f"{at + 1} {q.answer}"
-        assert q.thought == f"{counted_off(names[:upto])}, so {so}"
+        assert q.thought == f"{counted_off(row[:upto], album.size)}, so {so}"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -595,7 +598,7 @@ def test_ends_and_ordinals_count_from_the_right_side(level):
             from_end = side in ("right", "bottom")
             o = row[-1 - k] if from_end else row[k]
             assert q.answer == o.name and q.targets == (o.box,)
-            listed = counted_off([p.name for p in (row if from_end else row[: k + 1])])
+            listed = counted_off(row if from_end else row[: k + 1], album.size)
             so = f"{len(row) - k if from_end else k + 1} {q.answer}"
             assert q.thought == ("" if key == "wide end" else f"{listed}, so {so}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from kimi_vl_ref import load
@@ -18,9 +19,11 @@ from kimi_vl_ref.images import PatchGrid
 from kimi_vl_ref.weights import save_checkpoint
 from workbench.study import average, evaluate, families, forest, optim, train
 from workbench.study.batches import Forest, Mix, branch, draw_samples, plant, shared_part, written_reply
-from workbench.study.eye import NO_OBJECT, cell_labels
+from workbench.study.eye import BREAK, MOST, NO_OBJECT, cell_labels
+from workbench.study.kinds import wide
 from workbench.study.optim import Balancer, MuonAdamW, as_matrices, orthogonalise
-from workbench.study.scenes import COLOURS, SHAPES, scene
+from workbench.study.scenes import COLOURS, GLYPHS, NO_GLYPH, SHAPES, UNSURE, scene
+from workbench.study.views import View
 
 CHECKPOINT = Path(train.__file__).parent / "checkpoint"
 QUICK = (
@@ -226,7 +229,7 @@ def test_each_branch_sees_the_pictures_and_itself():
 def test_cell_labels_put_each_object_where_its_centre_is():
     drawn = scene(11, "train", "full", "objects")
     rows, columns = -(-drawn.size[1] // 28), -(-drawn.size[0] // 28)
-    centre, xy, _, _ = cell_labels(drawn, rows, columns)
+    centre, xy, turn, *_ = cell_labels(drawn, rows, columns)
     grid = PatchGrid(drawn.size, drawn.size, (2 * rows, 2 * columns), 14, 2)
     labelled = {}
     for thing in drawn.objects:
@@ -234,8 +237,58 @@ def test_cell_labels_put_each_object_where_its_centre_is():
         if centre[cell] >= 0:
             assert centre[cell] == COLOURS.index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
             assert xy[cell] == pytest.approx((thing.centre[0] / drawn.size[0], thing.centre[1] / drawn.size[1]))
+            assert turn[cell] == drawn.objects.index(thing)
             labelled[cell] = thing
     assert len(labelled) == ((centre != NO_OBJECT) & (centre >= 0)).sum()
+
+
+def test_things_of_a_strip_are_numbered_along_it():
+    (strip,) = wide.draw(6)[0].views
+    rows, columns = -(-strip.size[1] // 28), -(-strip.size[0] // 28)
+    turn = cell_labels(strip, rows, columns)[2]
+    along = int(strip.size[1] > strip.size[0])
+    for number, thing in enumerate(sorted(strip.objects, key=lambda o: o.centre[along])):
+        assert turn[int(thing.centre[1] // 28), int(thing.centre[0] // 28)] == number
+    assert ((0 <= turn) & (turn < MOST)).sum() == len(strip.objects) > 2
+
+
+def printed(*lines: tuple[str, int, int]) -> View:
+    """A picture of 84 x 56 pixels (cells of 28) with texts whose characters are 8 wide and 10 high, a pixel apart."""
+    glyphs = [(c, (x + 9.0 * k, float(y), x + 9.0 * k + 8, y + 10.0)) for text, x, y in lines for k, c in enumerate(text)]
+    return View(Image.new("RGB", (84, 56)), glyphs=tuple(glyphs))
+
+
+def test_print_labels_say_what_follows_what_and_where_a_text_ends():
+    def shown(*lines: tuple[str, int, int]) -> dict[tuple[int, int], tuple[str, int, int, int]]:
+        slots, place, rest, text = cell_labels(printed(*lines), 2, 3)[4:]
+        back = {number: character for character, number in GLYPHS.items()} | {BREAK: "|", NO_GLYPH: ""}
+        cells = {(r, c): "".join(back[int(g)] for g in slots[r, c]) for r in range(2) for c in range(3)}
+        assert all((place[cell] == MOST) == (rest[cell] == MOST) == (text[cell] == 2) == (not s) for cell, s in cells.items())
+        return {at: (s, int(place[at]), int(rest[at]), int(text[at])) for at, s in cells.items() if s}
+
+    # one number over two cells: three of its digits have their middles left of x = 28
+    assert shown(("51337", 1, 9)) == {(0, 0): ("513", 0, 4, 0), (0, 1): ("37", 3, 1, 0)}
+    # two numbers, one below the other in the same cells
+    assert shown(("307", 1, 2), ("10", 10, 14)) == {(0, 0): ("307|10", 0, 2, 0)}
+    # a plus between two numbers of one line parts them and is not read
+    assert shown(("5+3", 1, 9)) == {(0, 0): ("5|3", 0, 0, 0)}
+    assert shown(("5+36", 10, 9)) == {(0, 0): ("5", 0, 0, 0), (0, 1): ("36", 0, 1, 1)}
+    # of more than two texts nobody can say which is the first
+    assert shown(("1", 1, 1), ("2", 30, 1), ("3", 1, 30)) == {
+        (0, 0): ("1", 0, 0, UNSURE),
+        (0, 1): ("2", 0, 0, UNSURE),
+        (1, 0): ("3", 0, 0, UNSURE),
+    }
+
+
+def test_the_last_stage_asks_by_share_and_the_others_ask_everything_once():
+    asked = {"relation": 8.0, "count": 1.0, "where": 1.0, "name": 1.0, "point": 1.0, "describe": 1.0}
+    shares = {}
+    for again in (False, True):
+        mix = Mix({"objects": 1.0}, asked, again=again)
+        families_asked = [q.family for s in draw_samples(mix, range(60), 0.0) for q in s.questions]
+        shares[again] = families_asked.count("relation") / len(families_asked)
+    assert shares[False] < 0.25 < 0.4 < shares[True]
 
 
 def test_the_average_of_two_sets_of_weights_lies_between_them(study, tmp_path):

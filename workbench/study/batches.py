@@ -37,6 +37,7 @@ class Mix:
     levels: tuple[str, ...] = ("full",)  # walked through in equal parts of the stage
     questions: int = 6
     second_turn: float = 0.15  # share of branches that go on with a second question
+    again: bool = False  # whether a family may be asked twice about a picture while another is not asked at all
     cut: float = 0.1  # share of thoughts that are cut off and answered as they stand, as a thought budget does
 
 
@@ -87,6 +88,9 @@ def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample
 
 
 def _asked(mix: Mix, picture: Scene, rng: random.Random) -> list[families.Question]:
+    if mix.again:
+        wanted = rng.choices(list(mix.families), list(mix.families.values()), k=mix.questions)
+        return families.questions(picture, rng, wanted, mix.questions)
     wanted = sorted(mix.families, key=lambda name: rng.random() ** (1 / mix.families[name]), reverse=True)
     return families.questions(picture, rng, wanted[: mix.questions], mix.questions)
 

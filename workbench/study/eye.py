@@ -8,7 +8,7 @@ Letters: P patches, M visual tokens (28-pixel cells), V and D channels of MoonVi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from kimi_vl_ref.config import KimiVLConfig
 
 from .scenes import COLOURS, GLYPHS, NO_GLYPH, NO_OBJECT, SHAPES, UNSURE, ZONES, Scene, patch_labels
-from .views import View
+from .views import Box, View
 
-GLYPH_SLOTS = 4  # characters whose centres fall into one cell, left to right
+GLYPH_SLOTS = 8  # characters whose centres fall into one cell, text by text and left to right, with BREAK between texts
+BREAK = NO_GLYPH + 1
 CELL = 28
+MOST = 8  # characters of a text and things of a picture that are told apart by their number
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,12 @@ class EyeLabels:
     glyph_of_patch: Tensor  # (P,)
     centre_object: Tensor  # (M,) the object whose centre lies in the cell
     centre_xy: Tensor  # (M, 2) that centre, normalised by the picture's size; nan elsewhere
-    glyphs: Tensor  # (M, GLYPH_SLOTS)
+    turn: Tensor  # (M,) which in reading order the object is whose centre lies in the cell; MOST where there is none
     zone: Tensor  # (M,) the ninth of the picture that the cell's middle lies in
+    glyphs: Tensor  # (M, GLYPH_SLOTS)
+    place: Tensor  # (M,) of the cell's first character: how many stand before it in its text; MOST where there is none
+    rest: Tensor  # (M,) the same for those that follow it
+    text: Tensor  # (M,) whether that text is the picture's first or second; 2 where there is none
 
 
 class EyeHeads(nn.Module):
@@ -46,8 +52,10 @@ class EyeHeads(nn.Module):
         self.glyph_of_patch = nn.Linear(vision, NO_GLYPH + 1)
         self.centre_object = nn.Linear(text, NO_OBJECT + 1)
         self.centre_xy = nn.Linear(text, 2)
-        self.glyphs = nn.Linear(text, GLYPH_SLOTS * (NO_GLYPH + 1))
+        self.glyphs = nn.Linear(text, GLYPH_SLOTS * (BREAK + 1))
         self.zone = nn.Linear(text, len(ZONES))
+        self.turn, self.place, self.rest = (nn.Linear(text, MOST + 1) for _ in range(3))
+        self.text = nn.Linear(text, 3)
 
     def forward(self, patches: Tensor, tokens: Tensor, labels: EyeLabels) -> dict[str, Tensor]:
         """patches (P, V), tokens (M, D) -> one loss a task."""
@@ -62,6 +70,10 @@ class EyeHeads(nn.Module):
             "centre_xy": 4 * off.sum() / centres.sum().clamp(min=1) / 2,
             "glyphs": _balanced(glyphs, labels.glyphs.flatten(), NO_GLYPH),
             "zone": 0.5 * F.cross_entropy(self.zone(tokens), labels.zone, ignore_index=UNSURE),
+            "turn": 0.5 * _balanced(self.turn(tokens), labels.turn, MOST),
+            "place": 0.5 * _balanced(self.place(tokens), labels.place, MOST),
+            "rest": 0.5 * _balanced(self.rest(tokens), labels.rest, MOST),
+            "text": 0.5 * _balanced(self.text(tokens), labels.text, 2),
         }
 
     @torch.no_grad()
@@ -75,6 +87,10 @@ class EyeHeads(nn.Module):
             "centre_object": (self.centre_object(tokens), labels.centre_object, NO_OBJECT),
             "glyphs": (glyphs, labels.glyphs.flatten(), NO_GLYPH),
             "zone": (self.zone(tokens), labels.zone, UNSURE),
+            "turn": (self.turn(tokens), labels.turn, MOST),
+            "place": (self.place(tokens), labels.place, MOST),
+            "rest": (self.rest(tokens), labels.rest, MOST),
+            "text": (self.text(tokens), labels.text, 2),
         }
         result = {}
         for name, (scores, truth, none) in pairs.items():
@@ -92,39 +108,83 @@ def _balanced(scores: Tensor, truth: Tensor, none: int) -> Tensor:
 
 def eye_labels(views: Sequence[Scene | View], grids: list[tuple[int, int]]) -> EyeLabels:
     """Ground truth for these pictures, whose patch grids are (h, w)."""
-    parts: list[list[np.ndarray]] = [[] for _ in range(6)]
+    parts: list[list[np.ndarray]] = [[] for _ in fields(EyeLabels)]
     for view, (h, w) in zip(views, grids, strict=True):
         objects, glyphs = patch_labels(view, h, w)
-        centre, xy, slots, zone = cell_labels(view, h // 2, w // 2)
-        for part, array in zip(parts, (objects, glyphs, centre, xy, slots, zone), strict=True):
+        for part, array in zip(parts, (objects, glyphs, *cell_labels(view, h // 2, w // 2)), strict=True):
             part.append(array.reshape(-1, *array.shape[2:]))
     return EyeLabels(*(torch.from_numpy(np.concatenate(part)) for part in parts))
 
 
-def cell_labels(
-    view: Scene | View, rows: int, columns: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Labels of the 28-pixel cells: centre object (r, c), its place (r, c, 2), glyphs (r, c, slots), zone (r, c)."""
+def _goes_on(before: Box, box: Box) -> bool:
+    """Whether a character stands beside the one before it, in the same line and no further off than it is high."""
+    overlap = min(before[3], box[3]) - max(before[1], box[1])
+    height = min(before[3] - before[1], box[3] - box[1])
+    return 2 * overlap > height and -1 <= box[0] - before[2] <= height
+
+
+def texts(glyphs: Sequence[tuple[str, Box]]) -> list[list[tuple[str, Box]]]:
+    """Printed characters, text by text; a plus only parts two numbers."""
+    found: list[list[tuple[str, Box]]] = []
+    before = None
+    for character, box in glyphs:
+        if character == "+":
+            before = None
+            continue
+        if before is None or not _goes_on(before, box):
+            found.append([])
+        found[-1].append((character, box))
+        before = box
+    return found
+
+
+def cell_labels(view: Scene | View, rows: int, columns: int) -> tuple[np.ndarray, ...]:
+    """Labels of the 28-pixel cells, (rows, columns) each or with one more axis, in the order of EyeLabels."""
+    return *_object_labels(view, rows, columns), *_print_labels(view, rows, columns)
+
+
+def _object_labels(view: Scene | View, rows: int, columns: int) -> tuple[np.ndarray, ...]:
+    """Object whose centre lies in a cell, that centre as shares of the picture, its turn, and the cell's zone."""
     width, height = view.size
     centre = np.full((rows, columns), NO_OBJECT)
     xy = np.full((rows, columns, 2), np.nan, dtype=np.float32)
-    for thing in view.objects:
+    turn = np.full((rows, columns), MOST)
+    objects = view.objects
+    if max(view.size) > 3 * min(view.size):  # a strip is read along its length
+        objects = tuple(sorted(objects, key=lambda o: o.centre[height > width]))
+    for number, thing in enumerate(objects):
         x, y = thing.centre
         cell = int(y // CELL), int(x // CELL)
         if centre[cell] != NO_OBJECT:  # two centres in one cell: neither can be asked for
-            centre[cell], xy[cell] = UNSURE, np.nan
+            centre[cell], xy[cell], turn[cell] = UNSURE, np.nan, UNSURE
         else:
             centre[cell] = COLOURS.index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
             xy[cell] = x / width, y / height
-    slots = np.full((rows, columns, GLYPH_SLOTS), NO_GLYPH)
-    used = np.zeros((rows, columns), dtype=int)
-    for character, (x0, y0, x1, y1) in view.glyphs:
-        cell = int((y0 + y1) / 2 // CELL), int((x0 + x1) / 2 // CELL)
-        if used[cell] < GLYPH_SLOTS:
-            slots[cell][used[cell]] = GLYPHS.get(character.lower(), UNSURE)
-        used[cell] += 1
+            turn[cell] = number if number < MOST else UNSURE
     y, x = (np.arange(rows) + 0.5) * CELL, (np.arange(columns) + 0.5) * CELL  # middles of the cells
     zone = 3 * np.minimum(2, 3 * y // height)[:, None] + np.minimum(2, 3 * x // width)[None]
     zone[y >= height] = UNSURE
     zone[:, x >= width] = UNSURE
-    return centre, xy, slots, zone.astype(np.int64)
+    return centre, xy, turn, zone.astype(np.int64)
+
+
+def _print_labels(view: Scene | View, rows: int, columns: int) -> tuple[np.ndarray, ...]:
+    """Characters whose centres lie in a cell; place, rest and text of the first of them."""
+    slots = np.full((rows, columns, GLYPH_SLOTS), NO_GLYPH)
+    used = np.zeros((rows, columns), dtype=int)
+    place, rest, which = (np.full((rows, columns), none) for none in (MOST, MOST, 2))
+    last = np.zeros((rows, columns), dtype=int)  # the text of the character that a cell got last
+    lines = texts(view.glyphs)
+    for number, line in enumerate(lines):
+        for k, (character, box) in enumerate(line):
+            cell = int((box[1] + box[3]) / 2 // CELL), int((box[0] + box[2]) / 2 // CELL)
+            if not used[cell]:
+                place[cell], rest[cell] = (n if n < MOST else UNSURE for n in (k, len(line) - 1 - k))
+                which[cell] = number if len(lines) <= 2 else UNSURE
+            parts = [BREAK] * bool(used[cell] and last[cell] != number) + [GLYPHS.get(character.lower(), UNSURE)]
+            for part in parts:
+                if used[cell] < GLYPH_SLOTS:
+                    slots[cell][used[cell]] = part
+                used[cell] += 1
+            last[cell] = number
+    return slots, place, rest, which

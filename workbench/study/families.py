@@ -74,6 +74,16 @@ def numbered(things: Iterable[str]) -> str:
     return ", ".join(f"{k} {thing}" for k, thing in enumerate(things, start=1))
 
 
+def hundredths(length: float, whole: float) -> str:
+    """ "07": a length in hundredths of a longer one, always two digits."""
+    return f"{int(100 * length / whole):02d}"
+
+
+def _with_centre(o: Obj, size: tuple[int, int]) -> str:
+    """ "red star centre 48 41": name, zone, and the centre in hundredths of the picture's width and height."""
+    return " ".join([placed((o,)), *(hundredths(at, side) for at, side in zip(o.centre, size, strict=True))])
+
+
 # ---- the families. Each takes (scene, rng) and gives one Question or None.
 
 
@@ -135,7 +145,8 @@ def count(scene: Scene, rng: random.Random, wanted: int | None = None) -> Questi
     plural = f"{c} {PLURALS[s] if s else 'things'}".strip()
     text = rng.choice(("how many {}?", "count the {}.", "how many {} are there?")).format(plural)
     answer = str(len(found))
-    thought = f"{numbered(placed((o,)) for o in found) or 'none'}, so {answer}"
+    # where each stands is a mark of what has been counted: two alike in one zone differ in nothing else
+    thought = f"{numbered(_with_centre(o, scene.size) for o in found) or 'none'}, so {answer}"
     return Question("count", text, thought, answer, tuple(o.box for o in found), "count", scene.size)
 
 
@@ -173,26 +184,18 @@ def read(scene: Scene, rng: random.Random) -> Question | None:
     return Question("read", text, "", scene.number, scene.digit_boxes, "read", scene.size)
 
 
-def _on_that_side(o: Obj, direction: str, objects: Sequence[Obj]) -> list[tuple[float, float, Obj]]:
-    """(pixels ahead, above 0; pixels aside; object) of all whose centres lie on that side of o."""
-    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[direction]
-    found = []
-    for other in objects:
-        ahead = sign * (other.centre[axis] - o.centre[axis])
-        if other is not o and ahead > 0:
-            found.append((ahead, abs(other.centre[1 - axis] - o.centre[1 - axis]), other))
-    return found
-
-
 def neighbour(o: Obj, direction: str, objects: Sequence[Obj]) -> tuple[bool, Obj | None]:
     """(is the case clear, the nearest object on that side or None).
 
     With `ahead` and `aside` the distances of centres along and across the direction: an object counts if
     aside <= 0.5 ahead and does not if aside > 1.2 ahead. In between, or a runner-up within 8 px: not clear.
     """
+    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[direction]
     inside, doubtful = [], []
-    for ahead, aside, other in _on_that_side(o, direction, objects):
-        if aside <= 1.2 * ahead:
+    for other in objects:
+        ahead = sign * (other.centre[axis] - o.centre[axis])
+        aside = abs(other.centre[1 - axis] - o.centre[1 - axis])
+        if other is not o and ahead > 0 and aside <= 1.2 * ahead:
             (inside if aside <= 0.5 * ahead else doubtful).append((ahead, other))
     inside.sort(key=lambda pair: pair[0])
     if not inside:
@@ -202,23 +205,10 @@ def neighbour(o: Obj, direction: str, objects: Sequence[Obj]) -> tuple[bool, Obj
     return clear, inside[0][1]
 
 
-def _nearest_miss(o: Obj, direction: str, objects: Sequence[Obj]) -> list[Obj]:
-    """What comes nearest to being straight ahead on that side; empty where that side is."""
-    by_slope = sorted(_on_that_side(o, direction, objects), key=lambda found: found[1] / found[0])
-    return [other for _, _, other in by_slope[:1]]
-
-
-def _in_hundredths(o: Obj, size: tuple[int, int]) -> str:
-    """ "red star centre 48 41": name, zone, and the centre in hundredths of the picture's width and height."""
-    x, y = (int(100 * at / side) for at, side in zip(o.centre, size, strict=True))
-    return f"{placed((o,))} {x:02d} {y:02d}"
-
-
 def relation(scene: Scene, rng: random.Random) -> Question | None:
     """What stands next to something on one side; "nothing" is kept to a quarter of the answers or so.
 
-    The thought says where both stand before it decides. Where nothing is near enough, the other is the one that comes
-    nearest to being straight ahead, if any is on that side at all.
+    The thought says where both stand.
     """
     cases = []
     for o in scene.objects:
@@ -235,8 +225,7 @@ def relation(scene: Scene, rng: random.Random) -> Question | None:
     words = ("what is {} the {}?", "which thing is {} the {}?", "name the thing {} the {}.")
     text = rng.choice(words).format(direction, o.name)
     answer = other.name if other else "nothing"
-    seen = [o, other] if other else [o, *_nearest_miss(o, direction, scene.objects)]
-    thought = f"{', '.join(_in_hundredths(p, scene.size) for p in seen)}, so {answer}"
+    thought = f"{placed((o, other) if other else (o,))}, so {answer}"
     boxes = (other.box, o.box) if other else (o.box,)
     return Question("relation", text, thought, answer, boxes, "relation", scene.size)
 

@@ -142,6 +142,22 @@ BEYOND |= {"count": 0.11, "read": 0.09, "chart": 0.03, "sums": 0.10, "words": 0.
 BEYOND |= {"frames": 0.02, "tiny": 0.02, "wide": 0.09}
 BEYOND_ASKED = {"describe": 1, "name": 0.5, "where": 0.5, "read": 2.5, "relation": 5, "count": 4, "point": 1}
 _BEYOND = replace(_STILL, name="beyond", steps=500, mix=Mix(BEYOND, BEYOND_ASKED), also=64)
+# and mostly what was below its target; thoughts of counts and strips say where each thing stands, and the eye learns which
+# character of its text a cell begins with and where the text ends, and in which order things are read
+LACK = {"objects": 0.18, "count": 0.16, "sums": 0.13, "wide": 0.12, "read": 0.10, "words": 0.06, "window": 0.05}
+LACK |= {"distractors": 0.04, "pictures": 0.03, "needle": 0.03, "large": 0.02, "chart": 0.02, "compare": 0.02}
+LACK |= {"frames": 0.02, "tiny": 0.02}
+LACK_ASKED = {"describe": 0.7, "name": 0.5, "where": 0.5, "read": 2, "relation": 6, "count": 4, "point": 0.8}
+_LACK = replace(
+    _BEYOND, name="lack", steps=200, mix=Mix(LACK, LACK_ASKED, again=True), also=48, readers_only=40, decay_from=0.72,
+    final_rate=1.67e-3,
+)  # fmt: skip
+# thoughts of relations in their first form again; in the first of the two the eye was asked about neighbours, in vain
+BOTH = Mix({"sheet": 0.35, "objects": 0.3, "sums": 0.15, "words": 0.1, "read": 0.05, "window": 0.05}, {}, ("full",), 0)
+_BESIDE = replace(
+    _LACK, name="beside", steps=120, rate=1.65e-3, final_rate=1e-3, warm=1, decay_from=0.0, readers_only=0, beside=BOTH
+)
+_CLOSE = replace(_BESIDE, name="close", steps=205, rate=1e-3, final_rate=0.0, beside=SMALL)
 
 # The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
 FIRST = (
@@ -163,5 +179,8 @@ THEN = (
     replace(_FOUND, name="after", steps=190, rate=1.2e-3, warm=15, mix=Mix(AFTER, AFTER_ASKED)),
     _STILL,
     _BEYOND,
+    _LACK,
+    _BESIDE,
+    _CLOSE,
 )
 STAGES = FIRST + THEN

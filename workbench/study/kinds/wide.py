@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from ..drawing import paper
-from ..families import Question, numbered
+from ..families import Question, hundredths, numbered
 from ..scenes import COLOURS, SHAPES, Obj, has_distractors, is_unique
 from ..views import Album
 from .place import in_split, level_of, other, pick, show, thing, tint
@@ -141,8 +141,11 @@ def _in_order(rng: random.Random, strip: _Strip, n: int) -> list[Question]:
 
 
 def _row(strip: _Strip, upto: int, chosen: int | None = None) -> str:
-    """ "1 red star, 2 blue star, so 1 red star": the things up to one place, and the chosen one."""
-    row = numbered(o.name for o in strip.row[: upto + 1])
+    """ "1 red star 08, 2 blue star 31, so 1 red star": the things up to one place, how far along the strip each stands in
+    hundredths of its length, and the chosen one.
+    """
+    axis, length = (0, strip.width) if strip.lies else (1, strip.height)
+    row = numbered(f"{o.name} {hundredths(o.centre[axis], length)}" for o in strip.row[: upto + 1])
     return row if chosen is None else f"{row}, so {chosen + 1} {strip.row[chosen].name}"
 
 
