@@ -243,13 +243,17 @@ def test_cell_labels_put_each_object_where_its_centre_is():
 
 
 def test_things_of_a_strip_are_numbered_along_it():
-    (strip,) = wide.draw(6)[0].views
-    rows, columns = -(-strip.size[1] // 28), -(-strip.size[0] // 28)
-    turn = cell_labels(strip, rows, columns)[2]
-    along = int(strip.size[1] > strip.size[0])
-    for number, thing in enumerate(sorted(strip.objects, key=lambda o: o.centre[along])):
-        assert turn[int(thing.centre[1] // 28), int(thing.centre[0] // 28)] == number
-    assert ((0 <= turn) & (turn < MOST)).sum() == len(strip.objects) > 2
+    otherwise = 0  # strips whose reading order, by the nine parts of the picture, is another
+    for seed in range(12):
+        (strip,) = wide.draw(seed)[0].views
+        turn = cell_labels(strip, -(-strip.size[1] // 28), -(-strip.size[0] // 28))[2]
+        along = int(strip.size[1] > strip.size[0])
+        row = sorted(strip.objects, key=lambda o: o.centre[along])
+        for number, thing in enumerate(row):
+            assert turn[int(thing.centre[1] // 28), int(thing.centre[0] // 28)] in (number, UNSURE)
+        assert ((0 <= turn) & (turn < MOST)).sum() > 1
+        otherwise += tuple(row) != strip.objects
+    assert otherwise > 2
 
 
 def printed(*lines: tuple[str, int, int]) -> View:
