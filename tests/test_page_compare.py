@@ -149,7 +149,7 @@ def pair(session):
     """Two runs about one picture, in Python."""
     runs = []
     for text in ("count the orange things.", "count the red things."):
-        *_, run = session.answer("test", question(text, SCENE), max_new_tokens=60)
+        *_, run = session.answer("test", question(text, SCENE), max_new_tokens=120)
         assert isinstance(run, Run)
         runs.append(run)
     return runs
