@@ -90,9 +90,10 @@ def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample
 def _asked(mix: Mix, picture: Scene, rng: random.Random) -> list[families.Question]:
     if mix.again:
         wanted = rng.choices(list(mix.families), list(mix.families.values()), k=mix.questions)
-        return families.questions(picture, rng, wanted, mix.questions)
-    wanted = sorted(mix.families, key=lambda name: rng.random() ** (1 / mix.families[name]), reverse=True)
-    return families.questions(picture, rng, wanted[: mix.questions], mix.questions)
+    else:
+        ranked = sorted(mix.families, key=lambda name: rng.random() ** (1 / mix.families[name]), reverse=True)
+        wanted = ranked[: mix.questions]
+    return families.questions(picture, rng, wanted, mix.questions)
 
 
 def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:

@@ -24,6 +24,7 @@ GLYPH_SLOTS = 8  # characters whose centres fall into one cell, text by text and
 BREAK = NO_GLYPH + 1
 CELL = 28
 MOST = 8  # characters of a text and things of a picture that are told apart by their number
+NO_TEXT = 2  # the picture's first and second text are 0 and 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class EyeLabels:
     glyphs: Tensor  # (M, GLYPH_SLOTS)
     place: Tensor  # (M,) of the cell's first character: how many stand before it in its text; MOST where there is none
     rest: Tensor  # (M,) the same for those that follow it
-    text: Tensor  # (M,) whether that text is the picture's first or second; 2 where there is none
+    text: Tensor  # (M,) that text, the picture's first or second; NO_TEXT where there is none
 
 
 class EyeHeads(nn.Module):
@@ -55,48 +56,47 @@ class EyeHeads(nn.Module):
         self.glyphs = nn.Linear(text, GLYPH_SLOTS * (BREAK + 1))
         self.zone = nn.Linear(text, len(ZONES))
         self.turn, self.place, self.rest = (nn.Linear(text, MOST + 1) for _ in range(3))
-        self.text = nn.Linear(text, 3)
+        self.text = nn.Linear(text, NO_TEXT + 1)
 
     def forward(self, patches: Tensor, tokens: Tensor, labels: EyeLabels) -> dict[str, Tensor]:
         """patches (P, V), tokens (M, D) -> one loss a task."""
-        tokens = F.rms_norm(tokens, tokens.shape[-1:])
-        glyphs = self.glyphs(tokens).unflatten(-1, (GLYPH_SLOTS, -1)).flatten(0, 1)
+        read = self._read(patches, tokens, labels)
+        losses = {name: weight * _balanced(scores, truth, none) for name, (weight, scores, truth, none) in read.items()}
         centres = ~labels.centre_xy[:, 0].isnan()  # there may be none: a picture of text
-        off = (self.centre_xy(tokens)[centres].sigmoid() - labels.centre_xy[centres]).abs()
-        return {
-            "object_of_patch": _balanced(self.object_of_patch(patches), labels.object_of_patch, NO_OBJECT),
-            "glyph_of_patch": _balanced(self.glyph_of_patch(patches), labels.glyph_of_patch, NO_GLYPH),
-            "centre_object": _balanced(self.centre_object(tokens), labels.centre_object, NO_OBJECT),
-            "centre_xy": 4 * off.sum() / centres.sum().clamp(min=1) / 2,
-            "glyphs": _balanced(glyphs, labels.glyphs.flatten(), NO_GLYPH),
-            "zone": 0.5 * F.cross_entropy(self.zone(tokens), labels.zone, ignore_index=UNSURE),
-            "turn": 0.5 * _balanced(self.turn(tokens), labels.turn, MOST),
-            "place": 0.5 * _balanced(self.place(tokens), labels.place, MOST),
-            "rest": 0.5 * _balanced(self.rest(tokens), labels.rest, MOST),
-            "text": 0.5 * _balanced(self.text(tokens), labels.text, 2),
-        }
+        off = (self.centre_xy(_normed(tokens))[centres].sigmoid() - labels.centre_xy[centres]).abs()
+        return losses | {"centre_xy": 4 * off.sum() / centres.sum().clamp(min=1) / 2}
 
     @torch.no_grad()
     def accuracies(self, patches: Tensor, tokens: Tensor, labels: EyeLabels) -> dict[str, float]:
         """Share right, counted only where there is something to name (an empty cell is easy)."""
-        tokens = F.rms_norm(tokens, tokens.shape[-1:])
-        glyphs = self.glyphs(tokens).unflatten(-1, (GLYPH_SLOTS, -1)).flatten(0, 1)
-        pairs = {
-            "object_of_patch": (self.object_of_patch(patches), labels.object_of_patch, NO_OBJECT),
-            "glyph_of_patch": (self.glyph_of_patch(patches), labels.glyph_of_patch, NO_GLYPH),
-            "centre_object": (self.centre_object(tokens), labels.centre_object, NO_OBJECT),
-            "glyphs": (glyphs, labels.glyphs.flatten(), NO_GLYPH),
-            "zone": (self.zone(tokens), labels.zone, UNSURE),
-            "turn": (self.turn(tokens), labels.turn, MOST),
-            "place": (self.place(tokens), labels.place, MOST),
-            "rest": (self.rest(tokens), labels.rest, MOST),
-            "text": (self.text(tokens), labels.text, 2),
-        }
         result = {}
-        for name, (scores, truth, none) in pairs.items():
+        for name, (_, scores, truth, none) in self._read(patches, tokens, labels).items():
             shown = (truth != none) & (truth != UNSURE)
             result[name] = float((scores[shown].argmax(-1) == truth[shown]).float().mean())
         return result
+
+    def _read(
+        self, patches: Tensor, tokens: Tensor, labels: EyeLabels
+    ) -> dict[str, tuple[float, Tensor, Tensor, int]]:
+        """Of every task that names something: what its loss weighs, scores, truth, and the class of an empty place."""
+        tokens = _normed(tokens)
+        glyphs = self.glyphs(tokens).unflatten(-1, (GLYPH_SLOTS, -1)).flatten(0, 1)
+        return {
+            "object_of_patch": (1, self.object_of_patch(patches), labels.object_of_patch, NO_OBJECT),
+            "glyph_of_patch": (1, self.glyph_of_patch(patches), labels.glyph_of_patch, NO_GLYPH),
+            "centre_object": (1, self.centre_object(tokens), labels.centre_object, NO_OBJECT),
+            "glyphs": (1, glyphs, labels.glyphs.flatten(), NO_GLYPH),
+            "zone": (0.5, self.zone(tokens), labels.zone, UNSURE),  # every cell has one
+            "turn": (0.5, self.turn(tokens), labels.turn, MOST),
+            "place": (0.5, self.place(tokens), labels.place, MOST),
+            "rest": (0.5, self.rest(tokens), labels.rest, MOST),
+            "text": (0.5, self.text(tokens), labels.text, NO_TEXT),
+        }
+
+
+def _normed(tokens: Tensor) -> Tensor:
+    """As the decoder's layers read them."""
+    return F.rms_norm(tokens, tokens.shape[-1:])
 
 
 def _balanced(scores: Tensor, truth: Tensor, none: int) -> Tensor:
@@ -123,7 +123,7 @@ def _goes_on(before: Box, box: Box) -> bool:
     return 2 * overlap > height and -1 <= box[0] - before[2] <= height
 
 
-def texts(glyphs: Sequence[tuple[str, Box]]) -> list[list[tuple[str, Box]]]:
+def _texts(glyphs: Sequence[tuple[str, Box]]) -> list[list[tuple[str, Box]]]:
     """Printed characters, text by text; a plus only parts two numbers."""
     found: list[list[tuple[str, Box]]] = []
     before = None
@@ -172,15 +172,15 @@ def _print_labels(view: Scene | View, rows: int, columns: int) -> tuple[np.ndarr
     """Characters whose centres lie in a cell; place, rest and text of the first of them."""
     slots = np.full((rows, columns, GLYPH_SLOTS), NO_GLYPH)
     used = np.zeros((rows, columns), dtype=int)
-    place, rest, which = (np.full((rows, columns), none) for none in (MOST, MOST, 2))
+    place, rest, which = (np.full((rows, columns), none) for none in (MOST, MOST, NO_TEXT))
     last = np.zeros((rows, columns), dtype=int)  # the text of the character that a cell got last
-    lines = texts(view.glyphs)
+    lines = _texts(view.glyphs)
     for number, line in enumerate(lines):
         for k, (character, box) in enumerate(line):
             cell = int((box[1] + box[3]) / 2 // CELL), int((box[0] + box[2]) / 2 // CELL)
             if not used[cell]:
                 place[cell], rest[cell] = (n if n < MOST else UNSURE for n in (k, len(line) - 1 - k))
-                which[cell] = number if len(lines) <= 2 else UNSURE
+                which[cell] = number if len(lines) <= NO_TEXT else UNSURE
             parts = [BREAK] * bool(used[cell] and last[cell] != number) + [GLYPHS.get(character.lower(), UNSURE)]
             for part in parts:
                 if used[cell] < GLYPH_SLOTS:
