@@ -52,10 +52,10 @@ def test_the_page_opens_on_a_finished_example(visit, session, opening):
 
 
 def test_a_drawn_scene_is_asked_about_and_checked(visit):
-    visit.locator("#draw input").click()
-    visit.get_by_role("option", name="where").click()
     question = visit.locator("#question textarea")
     before = question.input_value()
+    visit.locator("#draw input").click()
+    visit.get_by_role("option", name="where").click()
     visit.wait_for_function("b => document.querySelector('#question textarea').value !== b", arg=before)
     visit.locator("#fresh").click()
     visit.wait_for_timeout(1500)
