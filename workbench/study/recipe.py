@@ -158,6 +158,16 @@ _BESIDE = replace(
     _LACK, name="beside", steps=120, rate=1.65e-3, final_rate=1e-3, warm=1, decay_from=0.0, readers_only=0, beside=BOTH
 )
 _CLOSE = replace(_BESIDE, name="close", steps=205, rate=1e-3, final_rate=0.0, beside=SMALL)
+# and from the average of before and after: twelve questions about each scene of objects, most about neighbours and counts, and
+# more windows
+MISSED = {"objects": 0.16, "count": 0.12, "read": 0.09, "distractors": 0.04, "large": 0.02, "sums": 0.12, "wide": 0.12}
+MISSED |= {"window": 0.12, "words": 0.05, "pictures": 0.04, "needle": 0.03, "chart": 0.02, "compare": 0.03}
+MISSED |= {"frames": 0.02, "tiny": 0.02}
+MISSED_ASKED = {"describe": 0.5, "name": 0.3, "where": 0.3, "read": 1.5, "relation": 7, "count": 4, "point": 0.5}
+_MISSED = replace(
+    _CLOSE, name="missed", steps=480, mix=Mix(MISSED, MISSED_ASKED, questions=12, again=True), rate=1.5e-3, warm=20,
+    decay_from=0.3,
+)  # fmt: skip
 
 # The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
 FIRST = (
@@ -182,5 +192,6 @@ THEN = (
     _LACK,
     _BESIDE,
     _CLOSE,
+    _MISSED,
 )
 STAGES = FIRST + THEN
