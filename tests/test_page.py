@@ -35,6 +35,7 @@ from page import (  # noqa: F401, the fixtures among them
     visit,
 )
 from workbench.runs import Run
+from workbench.study.evaluate import ask as ask_about
 from workbench.viewer import standalone
 
 pytestmark = pytest.mark.browser
@@ -49,6 +50,13 @@ def test_the_page_opens_on_a_finished_example(visit, session, opening):
     assert session.model_name in visit.locator("#top").inner_text() and "CPU" in visit.locator("#top").inner_text()
     assert session.model_name in part(visit, "foot").inner_text()
     assert visit.locator("#question textarea").input_value() == opening.question
+
+
+def test_the_examples_come_out_right(session):
+    drawn = [scene_of((*example, "full")) for example in EXAMPLES]
+    replies = ask_about(session.model, session.chat, drawn)
+    wrong = [(q.text, answer, q.answer) for (_, q), (_, answer) in zip(drawn, replies, strict=True) if not q.check(answer)]
+    assert not wrong
 
 
 def test_a_drawn_scene_is_asked_about_and_checked(visit):
