@@ -60,17 +60,18 @@ class EyeHeads(nn.Module):
 
     def forward(self, patches: Tensor, tokens: Tensor, labels: EyeLabels) -> dict[str, Tensor]:
         """patches (P, V), tokens (M, D) -> one loss a task."""
+        tokens = _normed(tokens)
         read = self._read(patches, tokens, labels)
         losses = {name: weight * _balanced(scores, truth, none) for name, (weight, scores, truth, none) in read.items()}
         centres = ~labels.centre_xy[:, 0].isnan()  # there may be none: a picture of text
-        off = (self.centre_xy(_normed(tokens))[centres].sigmoid() - labels.centre_xy[centres]).abs()
+        off = (self.centre_xy(tokens)[centres].sigmoid() - labels.centre_xy[centres]).abs()
         return losses | {"centre_xy": 4 * off.sum() / centres.sum().clamp(min=1) / 2}
 
     @torch.no_grad()
     def accuracies(self, patches: Tensor, tokens: Tensor, labels: EyeLabels) -> dict[str, float]:
         """Share right, counted only where there is something to name (an empty cell is easy)."""
         result = {}
-        for name, (_, scores, truth, none) in self._read(patches, tokens, labels).items():
+        for name, (_, scores, truth, none) in self._read(patches, _normed(tokens), labels).items():
             shown = (truth != none) & (truth != UNSURE)
             result[name] = float((scores[shown].argmax(-1) == truth[shown]).float().mean())
         return result
@@ -78,15 +79,17 @@ class EyeHeads(nn.Module):
     def _read(
         self, patches: Tensor, tokens: Tensor, labels: EyeLabels
     ) -> dict[str, tuple[float, Tensor, Tensor, int]]:
-        """Of every task that names something: what its loss weighs, scores, truth, and the class of an empty place."""
-        tokens = _normed(tokens)
+        """Of every task that names something: what its loss weighs, scores, truth, and the class of an empty place.
+
+        tokens: normed.
+        """
         glyphs = self.glyphs(tokens).unflatten(-1, (GLYPH_SLOTS, -1)).flatten(0, 1)
         return {
             "object_of_patch": (1, self.object_of_patch(patches), labels.object_of_patch, NO_OBJECT),
             "glyph_of_patch": (1, self.glyph_of_patch(patches), labels.glyph_of_patch, NO_GLYPH),
             "centre_object": (1, self.centre_object(tokens), labels.centre_object, NO_OBJECT),
             "glyphs": (1, glyphs, labels.glyphs.flatten(), NO_GLYPH),
-            "zone": (0.5, self.zone(tokens), labels.zone, UNSURE),  # every cell has one
+            "zone": (0.5, self.zone(tokens), labels.zone, UNSURE),  # unsure in the padding, else there is one
             "turn": (0.5, self.turn(tokens), labels.turn, MOST),
             "place": (0.5, self.place(tokens), labels.place, MOST),
             "rest": (0.5, self.rest(tokens), labels.rest, MOST),
