@@ -366,7 +366,8 @@ def test_relations_hold_in_the_picture(asked):
                     ahead[forward] = p
             seen = [o, *([ahead[min(ahead)]] if ahead else [])]
             assert q.answer == (seen[1].name if ahead else "nothing")
-            assert q.thought == f"{', '.join(f'{p.name} {p.zone}' for p in seen)}, so {q.answer}"
+            spots = [f"{p.name} {p.zone} {p.centre[0] // 7:02.0f} {p.centre[1] // 7:02.0f}" for p in seen]
+            assert q.thought == f"{', '.join(spots)}, so {q.answer}"
             answered[bool(ahead)] += 1
     assert min(answered.values()) > 5
 

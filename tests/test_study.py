@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -229,7 +230,9 @@ def test_each_branch_sees_the_pictures_and_itself():
 def test_cell_labels_put_each_object_where_its_centre_is():
     drawn = scene(11, "train", "full", "objects")
     rows, columns = -(-drawn.size[1] // 28), -(-drawn.size[0] // 28)
-    centre, xy, turn, *_ = cell_labels(drawn, rows, columns)
+    centre, xy, spot, turn, *_ = cell_labels(drawn, rows, columns)
+    ys, xs = np.mgrid[:rows, :columns]
+    middles = np.stack([xs, ys], axis=-1) + 0.5
     grid = PatchGrid(drawn.size, drawn.size, (2 * rows, 2 * columns), 14, 2)
     labelled = {}
     for thing in drawn.objects:
@@ -237,16 +240,21 @@ def test_cell_labels_put_each_object_where_its_centre_is():
         if centre[cell] >= 0:
             assert centre[cell] == COLOURS.index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
             assert xy[cell] == pytest.approx((thing.centre[0] / drawn.size[0], thing.centre[1] / drawn.size[1]))
+            assert 28 * spot[cell] == pytest.approx(thing.centre)
+            middles[cell] = spot[cell]
             assert turn[cell] == drawn.objects.index(thing)
             labelled[cell] = thing
     assert len(labelled) == ((centre != NO_OBJECT) & (centre >= 0)).sum()
+    # elsewhere a cell's spot is its own middle, where that is in the picture
+    inside = (28 * middles < drawn.size).all(-1) & (centre != UNSURE)
+    assert np.isnan(spot[~inside]).all() and np.array_equal(spot[inside], middles[inside].astype(np.float32))
 
 
 def test_things_of_a_strip_are_numbered_along_it():
     otherwise = 0  # strips whose reading order, by the nine parts of the picture, is another
     for seed in range(12):
         (strip,) = wide.draw(seed)[0].views
-        turn = cell_labels(strip, -(-strip.size[1] // 28), -(-strip.size[0] // 28))[2]
+        turn = cell_labels(strip, -(-strip.size[1] // 28), -(-strip.size[0] // 28))[3]
         along = int(strip.size[1] > strip.size[0])
         row = sorted(strip.objects, key=lambda o: o.centre[along])
         for number, thing in enumerate(row):
@@ -264,7 +272,7 @@ def printed(*lines: tuple[str, int, int]) -> View:
 
 def test_print_labels_say_what_follows_what_and_where_a_text_ends():
     def shown(*lines: tuple[str, int, int]) -> dict[tuple[int, int], tuple[str, int, int, int]]:
-        slots, place, rest, text = cell_labels(printed(*lines), 2, 3)[4:]
+        slots, place, rest, text = cell_labels(printed(*lines), 2, 3)[5:9]
         back = {number: character for character, number in GLYPHS.items()} | {BREAK: "|", NO_GLYPH: ""}
         cells = {(r, c): "".join(back[int(g)] for g in slots[r, c]) for r in range(2) for c in range(3)}
         for cell, s in cells.items():
@@ -284,6 +292,20 @@ def test_print_labels_say_what_follows_what_and_where_a_text_ends():
         (0, 1): ("2", 0, 0, UNSURE),
         (1, 0): ("3", 0, 0, UNSURE),
     }
+
+
+def test_print_labels_spell_each_text_place_by_place():
+    back, none = {number: character for character, number in GLYPHS.items()} | {NO_GLYPH: ".", UNSURE: "?"}, MOST * "."
+
+    def spelled(*lines: tuple[str, int, int]) -> list[str]:
+        labels = cell_labels(printed(*lines), 2, 3)[9]
+        assert labels.shape == (2, 3, MOST)
+        return ["".join(back[int(glyph)] for glyph in labels[0, c]) for c in range(3)]
+
+    assert spelled(("51337", 1, 9)) == ["513.....", "...37...", none]
+    # of two texts in one cell nobody can say whose character is meant
+    assert spelled(("307", 1, 2), ("10", 10, 14)) == ["??7.....", none, none]
+    assert spelled(("307", 1, 2), ("10", 60, 2)) == ["307.....", none, "10......"]
 
 
 def test_the_last_stage_asks_by_share_and_the_others_ask_everything_once():

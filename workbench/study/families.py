@@ -19,6 +19,7 @@ from workbench.study.views import Album, Box
 PLURALS = {s: "crosses" if s == "cross" else s + "s" for s in SHAPES}
 DIRECTIONS = ("left of", "right of", "above", "below")
 MOST_COUNTED = 5
+HALF_PATCH = 7  # pixels
 
 _POINT = re.compile(r"click\(x=([01]?\.\d+|[01]),y=([01]?\.\d+|[01])\)")
 
@@ -77,6 +78,14 @@ def numbered(things: Iterable[str]) -> str:
 def hundredths(length: float, whole: float) -> str:
     """ "07": a length in hundredths of a longer one, always two digits."""
     return f"{int(100 * length / whole):02d}"
+
+
+def _with_spot(o: Obj) -> str:
+    """ "red star top left 05 06": name, zone, and the centre in half patches of 7 pixels, across and down.
+
+    Which of two things is nearer, and whether one stands beside or below another, is decided in one unit for both directions.
+    """
+    return " ".join([placed((o,)), *(f"{int(at / HALF_PATCH):02d}" for at in o.centre)])
 
 
 def _with_centre(o: Obj, size: tuple[int, int]) -> str:
@@ -225,7 +234,7 @@ def relation(scene: Scene, rng: random.Random) -> Question | None:
     words = ("what is {} the {}?", "which thing is {} the {}?", "name the thing {} the {}.")
     text = rng.choice(words).format(direction, o.name)
     answer = other.name if other else "nothing"
-    thought = f"{placed((o, other) if other else (o,))}, so {answer}"
+    thought = f"{', '.join(_with_spot(thing) for thing in (o, other) if thing)}, so {answer}"
     boxes = (other.box, o.box) if other else (o.box,)
     return Question("relation", text, thought, answer, boxes, "relation", scene.size)
 

@@ -168,6 +168,16 @@ _MISSED = replace(
     _CLOSE, name="missed", steps=480, mix=Mix(MISSED, MISSED_ASKED, questions=12, again=True), rate=1.5e-3, warm=20,
     decay_from=0.3,
 )  # fmt: skip
+# and from that average: thoughts about neighbours and the eye's labels say where things stand in one unit for both
+# directions, and which character stands at which place of its text
+SPOT = {"objects": 0.17, "count": 0.10, "read": 0.14, "distractors": 0.04, "large": 0.03, "sums": 0.12, "wide": 0.10}
+SPOT |= {"window": 0.10, "words": 0.05, "pictures": 0.04, "needle": 0.02, "chart": 0.03, "compare": 0.02}
+SPOT |= {"frames": 0.02, "tiny": 0.02}
+SPOT_ASKED = {"describe": 0.5, "name": 0.3, "where": 0.3, "read": 3, "relation": 8, "count": 4, "point": 0.5}
+_SPOT = replace(
+    _MISSED, name="spot", steps=920, mix=Mix(SPOT, SPOT_ASKED, questions=12, again=True), rate=1.8e-3, warm=20,
+    readers_only=50,
+)  # fmt: skip
 
 # The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
 FIRST = (
@@ -193,5 +203,6 @@ THEN = (
     _BESIDE,
     _CLOSE,
     _MISSED,
+    _SPOT,
 )
 STAGES = FIRST + THEN
