@@ -50,8 +50,9 @@ def shoot(address: str, out: Path) -> list[Path]:
     """All pictures of the page at this address."""
     written = []
     arguments = ["--no-sandbox"] if sys.platform == "linux" else []
+    program = chromium()  # before the block below: looking for it may open one of its own
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        browser = playwright.chromium.launch(executable_path=program, args=arguments)
         for scheme in ("light", "dark"):
             for place, width in (("", 1280), ("phone-", 390)):
                 context = browser.new_context(

@@ -80,7 +80,7 @@ def check(page, told: dict) -> None:
     likely, reply, moved, looked = rows_of(part(page, "change-numbers").locator("table"))
     for at, one in enumerate(told["columns"], 1):
         assert percent(likely[at]) == pytest.approx(np.exp(one["answer_logprob"]), abs=0.006)
-        assert float(reply[at]) == pytest.approx(one["reply"], abs=0.0051)
+        assert float(reply[at].replace("−", "-")) == pytest.approx(one["reply"], abs=0.0051)
         assert percent(moved[at]) == pytest.approx(one["moved"], abs=0.006)
         assert percent(looked[at]) == pytest.approx(one["picture"], abs=0.006)
 

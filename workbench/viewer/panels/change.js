@@ -339,7 +339,7 @@ function drawAnswers() {
   const share = (v) => (v === null ? "none" : percent(v)), chanceOf = 1 - k / experts;
   const lines = [
     ["the old answer, after the old thought", ...columns.map((one) => share(one.answer_logprob === null ? null : Math.exp(one.answer_logprob)))],
-    ["the whole old reply, log-probability in nats", ...columns.map((one) => one.reply.toFixed(2))],
+    ["the whole old reply, log-probability in nats", ...columns.map((one) => one.reply.toFixed(2).replace("-", "−"))],
     ["experts chosen otherwise", ...columns.map((one) => share(one.moved))],
     ["attention on the picture", ...columns.map((one) => share(one.picture))],
   ];
