@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from workbench.study.families import (
     DIRECTIONS,
@@ -12,6 +13,7 @@ from workbench.study.families import (
     PLURALS,
     Question,
     corpus,
+    hard_neighbours,
     majority_baseline,
     make,
     neighbour,
@@ -382,6 +384,20 @@ def test_doubtful_neighbours_are_not_clear():
     assert neighbour(o, "right of", (o, oblique)) == (False, None)
     assert neighbour(o, "right of", (o, beside, close))[0] is False
     assert neighbour(o, "right of", (o, at(140, 50), beside)) == (True, beside)
+
+
+def test_neighbours_that_stand_askew_before_a_straighter_thing_are_hard():
+    def at(colour: str, x: float, y: float) -> Obj:
+        return Obj(colour, "star", (x - 10, y - 10, x + 10, y + 10), "centre")
+
+    def points(*objects: Obj) -> int:
+        return hard_neighbours(Scene(Image.new("RGB", (200, 100)), objects, "", (), 0))
+
+    red, green = at("red", 50, 50), at("green", 140, 51)
+    assert points(red) == 0
+    assert points(red, at("blue", 90, 52)) == 1 + 1  # right of one, left of the other
+    assert points(red, at("blue", 90, 66)) == 3 + 3
+    assert points(red, at("blue", 90, 66), green) == 9 + 3 + 3 + 9
 
 
 # ---- checks, baselines and the rest

@@ -162,7 +162,7 @@ def test_training_conversations_are_what_the_model_is_asked_later(study):
             images = []
         whole = chat.prompt(messages, add_generation_prompt=False)
         ours = shared_part(chat, [p.grid.token_count for p in whole.pictures])
-        written, following = branch(chat, turns, random.Random(0))
+        written, following, _ = branch(chat, turns, random.Random(0))
         assert ours + written == whole.input_ids
         learnt = [token for token in following if token >= 0]
         end = chat.tokenizer.special["<|im_end|>"]
@@ -199,17 +199,50 @@ def test_a_forest_computes_what_each_conversation_computes_alone(study):
         assert (together[own] - stream).abs().max() < 2e-4
 
 
+def test_of_several_scenes_the_one_with_the_hardest_neighbours_is_shown():
+    mix = Mix({"objects": 1.0}, {"relation": 1.0})
+    for seed in range(5):
+        (plain,), (hardest,) = draw_samples(mix, [seed], 0.0), draw_samples(replace(mix, hardest=8), [seed], 0.0)
+        again = draw_samples(replace(mix, hardest=8), [seed], 0.0)[0]
+        points = [families.hard_neighbours(sample.pictures) for sample in (plain, hardest, again)]
+        assert points[0] <= points[1] == points[2]
+        assert points[1] >= 10
+    assert scene(0, "train", "full", "objects").objects == draw_samples(mix, [0], 0.0)[0].pictures.objects
+
+
 def test_a_thought_that_is_cut_off_teaches_its_answer_only(study):
     _, chat = study
     _, question = families.make("sum", 3, "train")
     encode = chat.tokenizer.encode
     for seed in range(20):
-        ids, following = branch(chat, [question], random.Random(seed), cut=1.0)
+        ids, following, _ = branch(chat, [question], random.Random(seed), cut=1.0)
         learnt = [token for token in following if token >= 0]
         assert learnt == [*encode(f" {question.answer}"), chat.tokenizer.special["<|im_end|>"]]
         text = chat.tokenizer.decode(ids)
         kept = text[text.index("◁think▷") + 7 : text.index("◁/think▷")]
         assert f" {question.thought}".startswith(kept)
+
+
+@pytest.mark.parametrize("thought, answer, family, loose, decisive", [
+    ("1 red star top left 39 25, 2 blue star centre 04 51, so 2", "2", "count", "9541", ""),
+    ("9 red star 08, 10 blue star 31, so 10 blue star", "blue star", "wide", "81", ""),
+    ("red star top left 15 06, so nothing", "nothing", "relation", "56", " so"),
+    ("red star top left 15 06, blue cross centre 17 18, so blue cross", "blue cross", "relation", "5678", " blue cross"),
+    ("red star top left", "click(x=0.123, y=0.456)", "point", "36", ""),
+    ("12+34, 12+34: 2+4+0=06, 1+3+0=04, so 46", "46", "sum", "", ""),
+    ("red star 42, so 42", "42", "needle", "", ""),
+])  # fmt: skip
+def test_last_figures_of_coordinates_count_less_and_a_neighbour_more(study, thought, answer, family, loose, decisive):
+    _, chat = study
+    question = families.Question(family, "where?", thought, answer, (), family, (100, 100))
+    _, following, counts = branch(chat, [question, question], random.Random(0))
+
+    def counting(wanted):
+        return chat.tokenizer.decode([token for token, count in zip(following, counts, strict=True) if count == wanted])
+
+    assert counting(families.LOOSE) == 2 * loose
+    assert counting(families.DECISIVE) == 2 * decisive
+    assert set(counts) <= {1.0, families.LOOSE, families.DECISIVE}
 
 
 def test_each_branch_sees_the_pictures_and_itself():

@@ -37,6 +37,7 @@ class Mix:
     levels: tuple[str, ...] = ("full",)  # walked through in equal parts of the stage
     questions: int = 6
     second_turn: float = 0.15  # share of branches that go on with a second question
+    hardest: int = 1  # of so many scenes of kind "objects" the one is shown whose neighbours are hardest
     again: bool = False  # whether a family may be asked twice about a picture while another is not asked at all
     cut: float = 0.1  # share of thoughts that are cut off and answered as they stand, as a thought budget does
 
@@ -82,7 +83,9 @@ def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample
             rng.shuffle(asked)
             drawn.append(Sample(pictures, asked if kind in HAYS else asked[: mix.questions], seed))
         else:
-            picture = scene(seed, "train", LEVELS[level], kind)
+            drawn_anew = range(mix.hardest if kind == "objects" else 1)
+            pictures = [scene(seed + (k << 56), "train", LEVELS[level], kind) for k in drawn_anew]
+            picture = max(pictures, key=families.hard_neighbours) if len(pictures) > 1 else pictures[0]
             drawn.append(Sample(picture, _asked(mix, picture, rng) if mix.families else [], seed))
     return drawn
 
@@ -107,7 +110,7 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
         rng = random.Random(sample.seed + 1)
         shared = shared_part(chat, [next(counts) for _ in sample.pictures.views])
         written = [branch(chat, turns, rng, mix.cut) for turns in _conversations(mix, sample.questions, rng)]
-        alike = _alike([row for row, _ in written])  # a long text before every question is part of what they share
+        alike = _alike([row for row, _, _ in written])  # a long text before every question is part of what they share
         shared += written[0][0][:alike] if written else []
         start = len(ids)
         ids += shared
@@ -115,13 +118,14 @@ def plant(chat: Chat, mix: Mix, samples: Sequence[Sample]) -> Forest:
         branches += [0] * len(shared)
         targets += [-1] * len(shared)
         weights += [0.0] * len(shared)
-        for number, (row, following) in enumerate(written, start=1):
+        for number, (row, following, shares) in enumerate(written, start=1):
             ids += row[alike:]
             positions += range(len(shared), len(shared) + len(row) - alike)
             branches += [number] * (len(row) - alike)
             targets += following[alike:]
             # by the token, answers of two words would drown in thoughts of forty
-            weights += [sum(token >= 0 for token in following) ** -0.5] * (len(row) - alike)
+            by_root = sum(token >= 0 for token in following) ** -0.5
+            weights += [by_root * share for share in shares[alike:]]
         trees.append((start, len(ids)))
     return Forest(
         views,
@@ -176,8 +180,11 @@ def _before_user_text(chat: Chat) -> list[int]:
     return ids[: len(ids) - 1 - len(chat.tokenizer.encode("x"))]
 
 
-def branch(chat: Chat, asked: Sequence[families.Question], rng: random.Random, cut: float = 0.0) -> tuple[list[int], list[int]]:
-    """Ids from the first question's text to the last <|im_end|>, and for each the next token if it is to be learnt.
+def branch(
+    chat: Chat, asked: Sequence[families.Question], rng: random.Random, cut: float = 0.0
+) -> tuple[list[int], list[int], list[float]]:
+    """Ids from the first question's text to the last <|im_end|>; for each the next token if it is to be learnt, else -1, and
+    what that one counts (families.what_counts).
 
     A thought that is cut off teaches its answer only: where a budget ends cannot be foreseen.
     """
@@ -185,6 +192,7 @@ def branch(chat: Chat, asked: Sequence[families.Question], rng: random.Random, c
     end, opened = special["<|im_end|>"], special["<|im_middle|>"]
     ids: list[int] = []
     learnt: list[bool] = []
+    counts: list[float] = []
     for number, question in enumerate(asked):
         if number:
             ids += [special["<|im_user|>"], *encode("user"), opened]
@@ -196,12 +204,24 @@ def branch(chat: Chat, asked: Sequence[families.Question], rng: random.Random, c
             kept = thought[: least + int(rng.random() ** 1.5 * (len(thought) - least))]
             ids += kept + encode(CLOSE_THOUGHT)
             learnt += [False] * (len(ids) - len(learnt))
-            ids += [*encode(f" {question.answer}"), end]
+            reply = f" {question.answer}"
         else:
-            ids += [*encode(written_reply(question)), end]
+            reply = written_reply(question)
+        counts += [1.0] * (len(ids) - len(counts))
+        ids += [*encode(reply), end]
         learnt += [True] * (len(ids) - len(learnt))
+        counts += [*_by_token(chat, ids[len(counts) : -1], families.what_counts(question, reply)), 1.0]
     following = [token if mine else -1 for token, mine in zip(ids[1:], learnt[1:], strict=True)]
-    return ids, [*following, -1]
+    return ids, [*following, -1], [*counts[1:], 1.0]
+
+
+def _by_token(chat: Chat, ids: Sequence[int], counts: dict[int, float]) -> list[float]:
+    """What each token of a text counts: as its first character does."""
+    found, at = [], 0
+    for token in ids:
+        found.append(counts.get(at, 1.0))
+        at += len(chat.tokenizer.decode([token]))
+    return found
 
 
 def written_reply(question: families.Question) -> str:

@@ -178,6 +178,13 @@ _SPOT = replace(
     _MISSED, name="spot", steps=920, mix=Mix(SPOT, SPOT_ASKED, questions=12, again=True), rate=1.8e-3, warm=20,
     readers_only=50,
 )  # fmt: skip
+# and from that average: last figures of coordinates count a tenth, and the words that they had drowned are heard; those that
+# name a neighbour count four times (from step 400), and the scenes of objects with the hardest neighbours are shown (from 720)
+HEARD = {"objects": 0.25, "count": 0.10, "read": 0.12, "distractors": 0.04, "large": 0.05, "sums": 0.09, "wide": 0.08}
+HEARD |= {"window": 0.07, "words": 0.05, "pictures": 0.035, "needle": 0.025, "chart": 0.03, "compare": 0.02}
+HEARD |= {"frames": 0.02, "tiny": 0.02}
+HEARD_ASKED = {"describe": 0.7, "name": 0.4, "where": 0.4, "read": 2.5, "relation": 9, "count": 4, "point": 0.8}
+_HEARD = replace(_SPOT, name="heard", steps=1440, mix=Mix(HEARD, HEARD_ASKED, questions=12, again=True, hardest=8), also=32)
 
 # The first three stages teach scenes of objects and numbers; `start` goes on from weights that had them.
 FIRST = (
@@ -204,5 +211,6 @@ THEN = (
     _CLOSE,
     _MISSED,
     _SPOT,
+    _HEARD,
 )
 STAGES = FIRST + THEN
