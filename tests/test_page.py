@@ -109,7 +109,7 @@ def check_numbers(page, run: Run, rows: list[int], layer: int | None = None, hea
         mean = run.scores[layer][rows, e].astype(np.float32).mean()
         assert float(score) == pytest.approx(mean, abs=0.006)
         assert float(bias.replace("−", "-")) == pytest.approx(run.bias[layer, e], abs=0.006)
-        assert float(total) == pytest.approx(mean + run.bias[layer, e], abs=0.006)
+        assert float(total.replace("−", "-")) == pytest.approx(mean + run.bias[layer, e], abs=0.006)
         assert (weight == "none") == (not picked.any())
         if picked.any():
             weights = np.where(run.chosen[layer][rows] == e, run.weights[layer][rows], 0).astype(np.float32).sum(-1).mean()

@@ -38,7 +38,8 @@ def test_picture_and_words_of_each_expert_are_pythons(file):
     for e, (name, picture, words, leaning) in enumerate(open_table(page, "route-sides-table")):
         assert int(name) == e
         assert close(picture, loads[0, e]) and close(words, loads[1, e])
-        assert leaning == "none" if np.isnan(preference[e]) else float(leaning) == pytest.approx(preference[e], abs=0.006)
+        said = leaning.replace("−", "-")
+        assert said == "none" if np.isnan(preference[e]) else float(said) == pytest.approx(preference[e], abs=0.006)
 
 
 def test_how_far_apart_they_are_stands_beside_a_control_like_pythons(file):

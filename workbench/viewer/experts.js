@@ -44,7 +44,7 @@ function drawExperts() {
   const details = expertDetails(rows, state.tableLayer), listed = details.filter((d) => d.share > 0).slice(0, 8);
   const shown = listed.concat(details.filter((d) => d.share === 0).slice(0, 2));
   const one = rows.length === 1, made = table(["expert", "score", "bias", "sum", "weight"], shown.map((d) =>
-    [d.expert + (one || !d.share ? "" : ` (${percent(d.share)})`), d.score.toFixed(2), signed(d.bias), (d.score + d.bias).toFixed(2), d.share ? d.weight.toFixed(2) : "none"]), (i) => (shown[i].share ? "in" : ""));
+    [d.expert + (one || !d.share ? "" : ` (${percent(d.share)})`), d.score.toFixed(2), signed(d.bias), fixed(d.score + d.bias), d.share ? d.weight.toFixed(2) : "none"]), (i) => (shown[i].share ? "in" : ""));
   made.dataset.part = "expert-table";
   part("expert-table").replaceWith(made);
   part("table-layer").value = state.tableLayer;

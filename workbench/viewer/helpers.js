@@ -13,7 +13,8 @@ const say = (name, text) => (part(name).textContent = text);
 const percent = (v) => (v >= 0.0995 ? `${Math.round(100 * v)}%` : v >= 0.0005 || v === 0 ? `${+(100 * v).toFixed(1)}%` : "<0.1%");
 const legible = (text) => text.trim() || "␣"; // a word of blanks can be seen
 const quote = (text) => `“${legible(text)}”`;
-const signed = (v) => (v < 0 ? "−" : "+") + Math.abs(v).toFixed(2);
+const fixed = (v) => v.toFixed(2).replace("-", "−");
+const signed = (v) => (v < 0 ? "" : "+") + fixed(v);
 const colour = (name) => getComputedStyle(frame).getPropertyValue(`--${name}`).trim();
 const isDark = () => frame.dataset.theme === "dark";
 const MAGMA = [[252, 253, 191], [254, 176, 120], [241, 96, 93], [183, 55, 121], [114, 31, 129], [44, 17, 95]];

@@ -339,7 +339,7 @@ function drawAnswers() {
   const share = (v) => (v === null ? "none" : percent(v)), chanceOf = 1 - k / experts;
   const lines = [
     ["the old answer, after the old thought", ...columns.map((one) => share(one.answer_logprob === null ? null : Math.exp(one.answer_logprob)))],
-    ["the whole old reply, log-probability in nats", ...columns.map((one) => one.reply.toFixed(2).replace("-", "−"))],
+    ["the whole old reply, log-probability in nats", ...columns.map((one) => fixed(one.reply))],
     ["experts chosen otherwise", ...columns.map((one) => share(one.moved))],
     ["attention on the picture", ...columns.map((one) => share(one.picture))],
   ];
@@ -370,7 +370,7 @@ function drawControls(sentence) {
   box.append(make("h3", "", "More random controls"), make("p", "outcome", sentence));
   const answer = (text) => (text.length > 60 ? `${text.slice(0, 58)}…` : text || "none");
   const made = table(["changed instead", "answer", "old reply, nats"], rows.map((row) =>
-    [row.lines.join("; "), answer(row.answer), row.reply.toFixed(2)]), (i) => (rows[i].changed ? "in" : ""));
+    [row.lines.join("; "), answer(row.answer), fixed(row.reply)]), (i) => (rows[i].changed ? "in" : ""));
   const scroll = make("div", "scroll");
   scroll.append(made);
   box.append(scroll, make("p", "note", "Bold: the answer is another than before. These answers are counted, not kept."));

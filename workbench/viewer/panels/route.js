@@ -166,7 +166,7 @@ function drawSides(l, name) { // up: picture, down: everything else
   canvas.setAttribute("aria-label", part("route-sides-note").textContent);
   const p = share(picture.counts), q = share(text.counts);
   fillTable("route-sides-table", ["expert", "picture", "words", "preference"], () => picture.load.map((v, e) =>
-    [e, percent(v), percent(text.load[e]), p[e] + q[e] > 0 ? ((p[e] - q[e]) / (p[e] + q[e])).toFixed(2) : "none"]));
+    [e, percent(v), percent(text.load[e]), p[e] + q[e] > 0 ? fixed((p[e] - q[e]) / (p[e] + q[e])) : "none"]));
 }
 function drawApart() {
   const canvas = part("route-apart"), found = run.pictures.length ? once("apart", howFarApart) : null, layers = run.model.moe_layers, left = 34, right = 64, tall = 22;
