@@ -398,6 +398,7 @@ def test_neighbours_that_stand_askew_before_a_straighter_thing_are_hard():
     assert points(red, at("blue", 90, 52)) == 1 + 1  # right of one, left of the other
     assert points(red, at("blue", 90, 66)) == 3 + 3
     assert points(red, at("blue", 90, 66), green) == 9 + 3 + 3 + 9
+    assert points(red, at("blue", 90, 52), at("green", 140, 80)) == 1 + 1  # further off and less straight: no trap
 
 
 # ---- checks, baselines and the rest

@@ -245,6 +245,21 @@ def test_last_figures_of_coordinates_count_less_and_a_neighbour_more(study, thou
     assert set(counts) <= {1.0, families.LOOSE, families.DECISIVE}
 
 
+def test_a_forest_weighs_words_by_what_they_count_and_by_the_root_of_their_reply(study):
+    _, chat = study
+    mix = Mix({"objects": 1.0}, {"relation": 1.0, "point": 1.0}, questions=4, second_turn=0.0, again=True, cut=0.0)
+    samples = draw_samples(replace(mix, hardest=3), range(3), 0.0)
+    planted = plant(chat, mix, samples)
+    assert {question.family for sample in samples for question in sample.questions} == {"relation", "point"}
+    for sample, (start, stop) in zip(samples, planted.trees, strict=True):
+        for number, question in enumerate(sample.questions, start=1):
+            _, following, counts = branch(chat, [question], random.Random(0))
+            expected = [count for token, count in zip(following, counts, strict=True) if token >= 0]
+            own = (planted.branches[start:stop] == number) & (planted.targets[start:stop] >= 0)
+            shares = [count * len(expected) ** -0.5 for count in expected]
+            assert planted.weights[start:stop][own].tolist() == pytest.approx(shares)
+
+
 def test_each_branch_sees_the_pictures_and_itself():
     ids, positions, branches = torch.tensor([[0] * 6, [0, 1, 2, 3, 2, 3], [0, 0, 1, 1, 2, 2]])
     planted = Forest([], torch.zeros(0), [], ids, positions, branches, [(0, 6)], torch.zeros(6), torch.zeros(6))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kimi_vl_ref.chat import Chat
+from kimi_vl_ref.chat import Chat, StreamDecoder
 from kimi_vl_ref.thought import CLOSE_THOUGHT, OPEN_THOUGHT
 
 from . import families
@@ -26,6 +26,7 @@ from .views import Album, View
 Grids = list[tuple[int, int]]
 # kinds shown at every level all the time: the longest cost most and teach no more; a further question costs little
 HAYS = ("needle", "lines", "pictures")
+ANEW = 1 << 56  # how far apart the seeds of several draws of one scene lie: beyond those of every step
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def draw_samples(mix: Mix, seeds: Sequence[int], progress: float) -> list[Sample
             rng.shuffle(asked)
             drawn.append(Sample(pictures, asked if kind in HAYS else asked[: mix.questions], seed))
         else:
-            drawn_anew = range(mix.hardest if kind == "objects" else 1)
-            pictures = [scene(seed + (k << 56), "train", LEVELS[level], kind) for k in drawn_anew]
-            picture = max(pictures, key=families.hard_neighbours) if len(pictures) > 1 else pictures[0]
+            draws = mix.hardest if kind == "objects" else 1
+            scenes = (scene(seed + k * ANEW, "train", LEVELS[level], kind) for k in range(draws))
+            picture = max(scenes, key=families.hard_neighbours)
             drawn.append(Sample(picture, _asked(mix, picture, rng) if mix.families else [], seed))
     return drawn
 
@@ -217,10 +218,10 @@ def branch(
 
 def _by_token(chat: Chat, ids: Sequence[int], counts: dict[int, float]) -> list[float]:
     """What each token of a text counts: as its first character does."""
-    found, at = [], 0
+    found, at, reader = [], 0, StreamDecoder(chat.tokenizer)  # a character may be cut in two
     for token in ids:
         found.append(counts.get(at, 1.0))
-        at += len(chat.tokenizer.decode([token]))
+        at += len(reader.feed(token))
     return found
 
 

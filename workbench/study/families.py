@@ -214,17 +214,21 @@ def read(scene: Scene, rng: random.Random) -> Question | None:
     return Question("read", text, "", scene.number, scene.digit_boxes, "read", scene.size)
 
 
+def _off(o: Obj, direction: str, other: Obj) -> tuple[float, float]:
+    """How far another object's centre lies ahead in that direction (below 0: behind) and aside of it, in pixels."""
+    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[direction]
+    return sign * (other.centre[axis] - o.centre[axis]), abs(other.centre[1 - axis] - o.centre[1 - axis])
+
+
 def neighbour(o: Obj, direction: str, objects: Sequence[Obj]) -> tuple[bool, Obj | None]:
     """(is the case clear, the nearest object on that side or None).
 
     With `ahead` and `aside` the distances of centres along and across the direction: an object counts if
     aside <= 0.5 ahead and does not if aside > 1.2 ahead. In between, or a runner-up within 8 px: not clear.
     """
-    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[direction]
     inside, doubtful = [], []
     for other in objects:
-        ahead = sign * (other.centre[axis] - o.centre[axis])
-        aside = abs(other.centre[1 - axis] - o.centre[1 - axis])
+        ahead, aside = _off(o, direction, other)
         if other is not o and ahead > 0 and aside <= 1.2 * ahead:
             (inside if aside <= 0.5 * ahead else doubtful).append((ahead, other))
     inside.sort(key=lambda pair: pair[0])
@@ -235,12 +239,9 @@ def neighbour(o: Obj, direction: str, objects: Sequence[Obj]) -> tuple[bool, Obj
     return clear, inside[0][1]
 
 
-Case = tuple[Obj, str, Obj | None]
-
-
-def _cases(scene: Scene) -> list[Case]:
+def _cases(scene: Scene) -> list[tuple[Obj, str, Obj | None]]:
     """Every clear (thing that its name singles out, direction, what stands next to it there or None)."""
-    cases: list[Case] = []
+    cases = []
     for o in scene.objects:
         if is_unique(o, scene.objects):
             for direction in DIRECTIONS:
@@ -257,11 +258,9 @@ def hard_neighbours(scene: Scene) -> int:
     points = 0
     for o, direction, other in _cases(scene):
         if other is not None:
-            axis = DIRECTIONS.index(direction) // 2
-            ahead, aside = (abs(other.centre[k] - o.centre[k]) for k in (axis, 1 - axis))
-            sign = 1 if other.centre[axis] > o.centre[axis] else -1
-            behind = (p for p in scene.objects if sign * (p.centre[axis] - other.centre[axis]) > 0)
-            straighter = any(abs(p.centre[1 - axis] - o.centre[1 - axis]) < aside for p in behind)
+            ahead, aside = _off(o, direction, other)
+            others = (_off(o, direction, thing) for thing in scene.objects)
+            straighter = any(further > ahead and less < aside for further, less in others)
             points += 1 + 2 * (aside >= 0.2 * ahead) + 6 * straighter
     return points
 
